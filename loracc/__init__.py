@@ -1,0 +1,1 @@
+"""loracc: a compiler for LoRA-adapted models."""

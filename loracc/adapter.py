@@ -1,0 +1,154 @@
+"""Deltas and adapters: the change at one site, kept symbolic, and the named collection of them.
+
+A :class:`Delta` knows how to change a weight in canonical orientation (see :mod:`loracc.algebra`) without anybody
+forming ΔW whole: ``apply_slab`` changes the part of the weight between two indices of one axis. That is what lets a
+fold run in the memory of one tile and in any storage layout.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import numpy as np
+
+from loracc.dtypes import Array
+
+__all__ = ["Adapter", "Delta", "Entry", "ReadSlab", "slab_index"]
+
+#: ``read(lo, hi)`` gives the weight between two indices of the tiled axis, in the compute dtype.
+ReadSlab = Callable[[int, int], Array]
+
+
+def slab_index(ndim: int, axis: int, lo: int, hi: int) -> tuple[slice, ...]:
+    """The index of a slab between ``lo`` and ``hi`` of ``axis``; everything for a scalar."""
+    return (slice(None),) * axis + (slice(lo, hi),) if ndim else ()
+
+
+class Delta(abc.ABC):
+    """A change at one site.
+
+    Subclasses are frozen dataclasses that hold float arrays as the file had them (float16, bfloat16, float32, float64).
+    """
+
+    #: The kind's name in reports: "lora", "dora", "loha", ...
+    kind: ClassVar[str]
+    #: W' = W + ΔW with a ΔW that does not depend on W.
+    additive: ClassVar[bool] = True
+    #: The new value does not depend on W at all (full replacement): other deltas of the site act on the result.
+    replaces: ClassVar[bool] = False
+
+    @property
+    @abc.abstractmethod
+    def shape(self) -> tuple[int | None, ...]:
+        """Canonical shape of the weight that this delta fits; None where it fits any length."""
+
+    @property
+    def rank(self) -> int | None:
+        """The rank of ΔW's factors, None where the kind has none."""
+        return None
+
+    @property
+    def scale(self) -> float:
+        """The factor on the delta, user's weight included."""
+        return 1.0
+
+    @abc.abstractmethod
+    def scaled(self, weight: float) -> Delta:
+        """This delta at ``weight`` times its strength (``PATH@0.7``).
+
+        Raises:
+            UnsupportedError: The kind has no meaning at a strength other than one.
+        """
+
+    def materialize(self, dtype: np.dtype[np.generic]) -> Array:
+        """ΔW, whole, in ``dtype``. Only for additive kinds."""
+        raise TypeError(f"{self.kind} has no ΔW that is independent of W")
+
+    def prepare(self, read: ReadSlab, axis: int, length: int, step: int) -> Array | None:
+        """First pass over W for kinds that need a statistic of the whole weight; its result goes to apply_slab.
+
+        Args:
+            read: Gives slabs of W along ``axis``.
+            axis: Canonical axis along which the weight is tiled.
+            length: W's length on that axis.
+            step: Slab length to read at a time.
+        """
+        return None
+
+    def apply_slab(self, w: Array, axis: int, lo: int, hi: int, statistic: Array | None = None) -> Array:
+        """W' between ``lo`` and ``hi`` of ``axis``. ``w`` is that slab of W in the compute dtype; it may be changed.
+
+        The default adds a slice of ``materialize``; kinds with factors override it.
+        """
+        w += self.materialize(w.dtype)[slab_index(w.ndim, axis, lo, hi)]
+        return w
+
+    def apply(self, w: Array) -> Array:
+        """W' for a whole canonical weight in the compute dtype; ``w`` is left as it is."""
+        length = w.shape[0] if w.ndim else 1
+        statistic = self.prepare(lambda lo, hi: w[lo:hi].copy(), 0, length, length)
+        return self.apply_slab(w.copy(), 0, 0, length, statistic)
+
+    def arrays(self) -> dict[str, Array]:
+        """The tensors this delta is made of, by role ("A", "B", "magnitude", ...): for digests, checks and export."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, np.ndarray)}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One delta of an adapter and the parameter it is for.
+
+    Attributes:
+        module: Module path as the adapter's file has it, wrapper prefixes stripped, e.g. "encoder.layer.0.query".
+        parameter: Name of the parameter inside the module: "weight", "bias", "in_proj_weight", "gate_up_proj".
+        delta: The change.
+        keys: The keys of the file that were consumed for it.
+        fan_in_fan_out: The trainer saw the weight stored as [in, out] (GPT-2's Conv1D); settles square matrices of a
+            checkpoint that has no graph. None where the file does not say.
+    """
+
+    module: str
+    parameter: str
+    delta: Delta
+    keys: tuple[str, ...]
+    fan_in_fan_out: bool | None = None
+
+    @property
+    def name(self) -> str:
+        """``module.parameter``, the parameter's name in a state dict."""
+        return f"{self.module}.{self.parameter}" if self.module else self.parameter
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """Named deltas plus where they came from.
+
+    Attributes:
+        name: The user's name for it, else the file's or folder's.
+        path: Where it was read.
+        format: "peft", "loralib", "kohya", ...
+        entries: The deltas, in the file's order.
+        notes: What a user should know that is no error (e.g. dropout ignored at inference).
+        config: The format's own configuration, as read, for provenance.
+        digest: sha256 of the tensors and configuration.
+    """
+
+    name: str
+    path: str
+    format: str
+    entries: tuple[Entry, ...]
+    notes: tuple[str, ...] = ()
+    config: dict[str, object] = field(default_factory=dict)
+    digest: str = ""
+
+    def scaled(self, weight: float) -> Adapter:
+        """The adapter at another strength."""
+        if weight == 1.0:
+            return self
+        entries = tuple(
+            Entry(e.module, e.parameter, e.delta.scaled(weight), e.keys, e.fan_in_fan_out) for e in self.entries
+        )
+        return Adapter(self.name, self.path, self.format, entries, self.notes, self.config, self.digest)

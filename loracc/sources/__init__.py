@@ -1,0 +1,1 @@
+"""Model front ends: whatever comes in becomes a :class:`loracc.model.BaseModel`."""

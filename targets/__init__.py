@@ -1,0 +1,1 @@
+"""Targets: what a lowered model is written as."""
