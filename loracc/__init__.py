@@ -1,1 +1,44 @@
-"""loracc: a compiler for LoRA-adapted models."""
+"""loracc: a compiler for LoRA-adapted models.
+
+>>> import loracc
+>>> sorted(loracc.__all__)
+['Adapter', 'LoraccError', 'bench', 'fold', 'load_adapter', 'load_model', 'verify']
+
+The functions are the command line's own: ``loracc.fold("model.pt2", ["adapter/"], "out.onnx")``. Importing this package
+loads neither torch nor onnxruntime nor transformers; what a function needs is loaded when it is called.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from loracc.adapter import Adapter as Adapter
+    from loracc.errors import LoraccError as LoraccError
+    from loracc.formats import load_adapter as load_adapter
+    from loracc.pipeline import bench as bench
+    from loracc.pipeline import fold as fold
+    from loracc.pipeline import verify as verify
+    from loracc.sources import load_model as load_model
+
+__version__ = "0.1.0"
+
+#: Where each public name lives; loaded on first use.
+_HOME = {
+    "Adapter": "loracc.adapter",
+    "LoraccError": "loracc.errors",
+    "bench": "loracc.pipeline",
+    "fold": "loracc.pipeline",
+    "load_adapter": "loracc.formats",
+    "load_model": "loracc.sources",
+    "verify": "loracc.pipeline",
+}
+
+__all__ = ["Adapter", "LoraccError", "bench", "fold", "load_adapter", "load_model", "verify"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'loracc' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)
