@@ -1,0 +1,86 @@
+"""The command line: it parses, calls the Python API and prints; nothing is computed here."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from types import FrameType
+
+import click
+
+from loracc.commands.bench import bench
+from loracc.commands.fold import fold
+from loracc.commands.inspect import inspect
+from loracc.commands.verify import verify
+from loracc.errors import LoraccError
+
+__all__ = ["main", "run"]
+
+INTERRUPTED = 130
+
+_EPILOG = """\b
+Examples:
+  loracc fold model.pt2 adapter/ -o out.onnx
+  loracc fold hf_folder/ style=a.safetensors@0.7 task=b/ -o merged/
+  loracc verify model.pt2 out.onnx --adapter adapter/
+  loracc inspect adapter/
+
+Exit codes: 0 done, 1 a check said no, 2 the input or the call is wrong, 130 interrupted."""
+
+
+@click.group(epilog=_EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="loracc", prog_name="loracc")
+def main() -> None:
+    """A compiler for LoRA-adapted models: fold adapters into the weights, export, and prove what came out."""
+
+
+for _command in (fold, verify, bench, inspect):
+    main.add_command(_command)
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code.
+
+    A user's error is one paragraph on stderr (and, with ``--json``, an ``error`` object on stdout). Our own bugs keep
+    their traceback.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        code = main.main(args=arguments, prog_name="loracc", standalone_mode=False)
+        return int(code or 0)
+    except click.exceptions.Abort:  # click's name for Ctrl-C
+        return _interrupted()
+    except KeyboardInterrupt:
+        return _interrupted()
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except LoraccError as error:
+        _show(error, as_json="--json" in arguments)
+        return error.exit_code
+    except BrokenPipeError:  # `loracc inspect ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return INTERRUPTED
+
+
+def _show(error: LoraccError, *, as_json: bool) -> None:
+    click.echo(f"loracc: error: {error.message}", err=True)
+    if error.hint:
+        click.echo(error.hint, err=True)
+    if as_json:
+        body = {"kind": type(error).__name__, "message": error.message, "hint": error.hint}
+        click.echo(json.dumps({"error": body}))
+
+
+def _interrupted() -> int:
+    click.echo("loracc: interrupted; the destination is as it was.", err=True)
+    return INTERRUPTED
+
+
+def _terminate(_signal: int, _frame: FrameType | None) -> None:
+    """A ``kill`` cleans up like Ctrl-C."""
+    raise KeyboardInterrupt

@@ -1,0 +1,68 @@
+"""``loracc fold``."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+
+from loracc.commands.options import adapter_options, console, load_options, model_options, output_options
+
+__all__ = ["fold"]
+
+_EPILOG = """\b
+Examples:
+  loracc fold model.pt2 adapter/ -o out.onnx            one adapter into a traced model
+  loracc fold hf_folder/ adapter/ -o out.onnx           trace a Hugging Face folder, weights streamed
+  loracc fold hf_folder/ adapter/ -o merged/            a merged checkpoint, same names, shards and dtypes
+  loracc fold base.onnx a=one/ b=two/@0.5 -o out.onnx   two adapters, the second at half strength
+  loracc fold base.onnx lora.safetensors --alpha 16 -o out.onnx
+  loracc fold model.pt --allow-pickle --input x:float32[2,8] adapter/ -o out.onnx
+
+\b
+OUT decides the target: .onnx, .pt2, .safetensors, or a folder (merged checkpoint).
+ADAPTER is a file or a folder, optionally NAME=PATH to name it and PATH@0.7 for a weight."""
+
+
+@click.command(epilog=_EPILOG)
+@click.argument("model", type=click.Path())
+@click.argument("adapters", nargs=-1, metavar="[ADAPTER]...")
+@click.option("-o", "--output", required=True, type=click.Path(), help="What to write; its ending decides the target.")
+@adapter_options
+@click.option(
+    "--dtype", type=click.Choice(["fp32", "fp16", "bf16"]), help="Write weights in this dtype (default: the base's)."
+)
+@model_options
+@click.option(
+    "--data",
+    "external",
+    type=click.Choice(["auto", "inline", "data"]),
+    default="auto",
+    help="Where an .onnx keeps its weights.",
+)
+@click.option("--no-verify", is_flag=True, help="Do not check the result before moving it into place.")
+@click.option(
+    "--report",
+    "reports",
+    multiple=True,
+    metavar="FILE.{json,html}",
+    type=click.Path(),
+    help="Write a report. Repeatable.",
+)
+@click.option("--dry-run", is_flag=True, help="Say what would be written, and write nothing.")
+@click.option("--force", is_flag=True, help="Replace OUT if it exists.")
+@output_options
+def fold(model: str, adapters: tuple[str, ...], output: str, as_json: bool, quiet: bool, **values: Any) -> None:
+    """Fold ADAPTERs, or the LoRA found in the graph, into MODEL's weights and export."""
+    from loracc import pipeline, report
+    from loracc.progress import progress_for
+
+    out = console(as_json=as_json, quiet=quiet)
+    values["verify"] = not values.pop("no_verify")
+    load = load_options(values)
+    with progress_for(quiet=quiet) as progress:
+        result = pipeline.fold(model, adapters, output, progress=progress, **load, **values)
+    report.print_fold(result, out)
+    if as_json:
+        click.echo(json.dumps(result.to_json()))

@@ -1,0 +1,105 @@
+"""Options that several commands share, and how their values become arguments of the Python API."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+__all__ = ["adapter_options", "console", "load_options", "model_options", "output_options"]
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def model_options(command: F) -> F:
+    """How to read a model."""
+    for option in reversed(
+        (
+            click.option(
+                "--allow-pickle",
+                is_flag=True,
+                help="Unpickle a .pt module. Unpickling runs code: only for files you trust.",
+            ),
+            click.option(
+                "--input",
+                "inputs",
+                multiple=True,
+                metavar="NAME:DTYPE[SHAPE]",
+                help="An input to trace with, e.g. input_ids:int64[2,16]. Repeatable.",
+            ),
+            click.option(
+                "--inputs", "inputs_file", metavar="FILE.npz", type=click.Path(), help="Sample inputs, by name."
+            ),
+            click.option(
+                "--dynamic",
+                multiple=True,
+                metavar="NAME:AXIS=SYMBOL",
+                help="A dynamic axis, e.g. input_ids:0=batch. Repeatable.",
+            ),
+            click.option("--opset", type=click.IntRange(13, 25), help="ONNX opset of the export."),
+            click.option("--task", help="What a Hugging Face folder is exported for."),
+            click.option(
+                "--factory",
+                metavar="PACKAGE.MODULE:FUNCTION",
+                help="Builds the module that a bare state dict belongs to.",
+            ),
+        )
+    ):
+        command = option(command)
+    return command
+
+
+def adapter_options(command: F) -> F:
+    """How to read adapters and where they go."""
+    for option in reversed(
+        (
+            click.option("--alpha", type=float, help="lora_alpha of an adapter file that does not say it."),
+            click.option("--scale", type=float, help="The whole factor on B·A, in place of alpha/r."),
+            click.option("--base", metavar="DIR", type=click.Path(), help="Original checkpoint, to bind by content."),
+            click.option(
+                "--map",
+                "maps",
+                multiple=True,
+                metavar="OLD=NEW",
+                help="Rename the adapter's modules (a whole path or a prefix). Repeatable.",
+            ),
+            click.option(
+                "--allow-unmatched", is_flag=True, help="Warn about adapter keys that fit nowhere, instead of stopping."
+            ),
+            click.option(
+                "--residual-base",
+                is_flag=True,
+                help="The model is the residual base that a PiSSA-family adapter was trained on.",
+            ),
+        )
+    ):
+        command = option(command)
+    return command
+
+
+def output_options(command: F) -> F:
+    """What to print."""
+    for option in reversed(
+        (
+            click.option(
+                "--json", "as_json", is_flag=True, help="Machine-readable result on stdout; everything else on stderr."
+            ),
+            click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors (and --json)."),
+        )
+    ):
+        command = option(command)
+    return command
+
+
+def load_options(values: dict[str, Any]) -> dict[str, Any]:
+    """The model options among a command's parameters, taken out of ``values``."""
+    names = ("allow_pickle", "inputs", "inputs_file", "dynamic", "opset", "task", "factory")
+    return {name: values.pop(name) for name in names}
+
+
+def console(*, as_json: bool, quiet: bool) -> Any:
+    """Where tables and messages go: stdout, or stderr when stdout is for JSON; nowhere when quiet."""
+    from rich.console import Console
+
+    return Console(stderr=as_json, quiet=quiet, highlight=False, soft_wrap=False)

@@ -1,0 +1,67 @@
+"""``loracc verify``."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+
+from loracc.commands.options import adapter_options, console, load_options, model_options, output_options
+
+__all__ = ["verify"]
+
+_EPILOG = """\b
+Examples:
+  loracc verify model.pt2 out.onnx --adapter adapter/
+  loracc verify hf_folder/ merged/ --adapter a/ --adapter b/@0.5 --json
+  loracc verify base.onnx out.onnx --adapter adapter/ --latency --junit result.xml
+
+\b
+Exit code 0 when every check passed, 1 when one said no, 2 when the call or a file is wrong."""
+
+
+@click.command(epilog=_EPILOG)
+@click.argument("base", type=click.Path())
+@click.argument("output", type=click.Path(), metavar="OUT")
+@click.option(
+    "--adapter",
+    "adapters",
+    multiple=True,
+    metavar="ADAPTER",
+    help="What was folded, as given to fold. Repeatable, in order.",
+)
+@adapter_options
+@model_options
+@click.option("--latency/--no-latency", default=False, help="Also compare latency with the base (takes a while).")
+@click.option(
+    "--margin",
+    type=click.FloatRange(0.0001, 1.0),
+    default=0.02,
+    show_default=True,
+    help="Latency ratios inside 1 ± this count as equal.",
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the sampled inputs.")
+@click.option(
+    "--report",
+    "reports",
+    multiple=True,
+    metavar="FILE.{json,html}",
+    type=click.Path(),
+    help="Write a report. Repeatable.",
+)
+@click.option("--junit", metavar="FILE", type=click.Path(), help="Write the verdicts as JUnit XML.")
+@output_options
+def verify(base: str, output: str, adapters: tuple[str, ...], as_json: bool, quiet: bool, **values: Any) -> int:
+    """Prove that OUT is BASE with the adapters folded in: numbers, structure and, when asked, latency."""
+    from loracc import pipeline, report
+    from loracc.progress import progress_for
+
+    out = console(as_json=as_json, quiet=quiet)
+    load = load_options(values)
+    with progress_for(quiet=quiet) as progress:
+        result = pipeline.verify(base, output, adapters, progress=progress, **load, **values)
+    report.print_verification(result, out)
+    if as_json:
+        click.echo(json.dumps(result.to_json()))
+    return 1 if result.verdict == "fail" or result.verdict == "inconclusive" else 0
