@@ -1,0 +1,127 @@
+"""What a person reads: tables on a terminal. The machine-readable side is each result's ``to_json``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from loracc.pipeline import FoldResult
+    from loracc.verdict import Verification
+
+__all__ = ["print_bench", "print_fold", "print_inspection", "print_verification"]
+
+_STYLE = {"pass": "green", "fail": "bold red", "inconclusive": "yellow", "skipped": "dim"}
+#: Rows of a long site table that are shown; --json has them all.
+_SHOWN = 12
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}"
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f} %"
+
+
+def _bytes(count: int) -> str:
+    size = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} TB"
+
+
+def print_fold(result: FoldResult, console: Console) -> None:
+    """The sites, the verdict and where the output is."""
+    table = Table(title=f"{len(result.sites)} sites folded", title_justify="left", box=None, pad_edge=False)
+    for column in ("site", "kind", "rank", "scale", "‖ΔW‖/‖W‖", "survived", "bound by"):
+        table.add_column(column, justify="left" if column in ("site", "kind", "bound by") else "right", overflow="fold")
+    for row in result.sites[:_SHOWN]:
+        rank = "-" if row["rank"] is None else str(row["rank"])
+        numbers = (_number(row["scale"]), _number(row["relative_norm"]), _percent(row["survived"]))
+        table.add_row(row["name"], row["kind"], rank, *numbers, row["way"])
+    if len(result.sites) > _SHOWN:
+        table.add_row(f"... and {len(result.sites) - _SHOWN} more (--json lists all)")
+    console.print(table)
+    for note in result.notes:
+        console.print(Text(f"note: {note}"))
+    if result.verification is not None:
+        print_verification(result.verification, console)
+    done = "Would write" if result.dry_run else "Wrote"
+    files = ", ".join(result.files)
+    console.print(
+        Text(f"{done} {result.output} ({_bytes(result.bytes)}; {files})" if files else f"{done} {result.output}")
+    )
+
+
+def print_verification(verification: Verification, console: Console) -> None:
+    """One row a check: verdict, evidence, and what would have flipped it."""
+    body = verification.to_json()
+    table = Table(title="verification", title_justify="left", box=None, pad_edge=False)
+    for column in ("check", "verdict", "evidence"):
+        table.add_column(column, overflow="fold")
+    for name in ("numbers", "structure", "latency"):
+        check = body.get(name)
+        if check is None:
+            continue
+        verdict = check["verdict"]
+        table.add_row(name, Text(verdict, style=_STYLE.get(verdict, "")), Text(_evidence(name, check)))
+    console.print(table)
+    console.print(Text.assemble("verdict: ", (body["verdict"], _STYLE.get(body["verdict"], ""))))
+
+
+def _evidence(name: str, check: dict[str, Any]) -> str:
+    if check.get("reason"):
+        return str(check["reason"])
+    if name == "numbers" and check.get("max_relative_error") is not None:
+        return f"max relative error {_number(check['max_relative_error'])}, tolerance {_number(check['tolerance'])}"
+    if name == "latency" and check.get("ratio") is not None:
+        low, high = check["interval"]
+        return f"ratio {check['ratio']:.4f}, 95 % interval [{low:.4f}, {high:.4f}], margin ±{check['margin']:.3g}"
+    return str(check.get("summary", ""))
+
+
+def print_bench(rows: list[dict[str, Any]], console: Console) -> None:
+    """One row a model, against the first."""
+    table = Table(box=None, pad_edge=False)
+    for column in ("model", "median ms", "ratio", "95 % interval", "verdict"):
+        table.add_column(column, justify="left" if column in ("model", "verdict") else "right", overflow="fold")
+    for row in rows:
+        low, high = row["interval"]
+        table.add_row(
+            row["model"], f"{row['median_ms']:.3f}", f"{row['ratio']:.4f}", f"[{low:.4f}, {high:.4f}]",
+            Text(row["verdict"], style=_STYLE.get(row["verdict"], "")),
+        )  # fmt: skip
+    console.print(table)
+
+
+def print_inspection(found: dict[str, Any], console: Console, *, sites: bool = False) -> None:
+    """What a file is and what is in it."""
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column("field", style="dim")
+    table.add_column("value", overflow="fold")
+    for key, value in found.items():
+        if key in ("sites", "entries"):
+            table.add_row(key, str(len(value)))
+        elif isinstance(value, dict):
+            table.add_row(key, ", ".join(f"{k}: {v}" for k, v in value.items()) or "-")
+        elif isinstance(value, list):
+            table.add_row(key, "\n".join(str(item) for item in value[:_SHOWN]) or "-")
+        else:
+            table.add_row(key, str(value))
+    console.print(table)
+    rows = found.get("entries") or (found.get("sites") if sites else None) or []
+    if rows:
+        listing = Table(box=None, pad_edge=False)
+        for column in rows[0]:
+            listing.add_column(column, overflow="fold")
+        for row in rows if sites else rows[:_SHOWN]:
+            listing.add_row(*("-" if value is None else str(value) for value in row.values()))
+        console.print(listing)
+        if not sites and len(rows) > _SHOWN:
+            console.print(Text(f"... and {len(rows) - _SHOWN} more (--sites or --json lists all)"))
