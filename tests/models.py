@@ -89,7 +89,7 @@ FAMILIES: dict[str, Family] = {
             "image_size": 16,
             "patch_size": 4,
         },
-        {"target_modules": ["query", "value", "projection"]},
+        {"target_modules": ["q_proj", "v_proj", "projection"]},
         vision=True,
     ),
     "t5": Family(
