@@ -1,4 +1,4 @@
-"""A bare checkpoint as a model: a graph without nodes whose initializers are the checkpoint's tensors, in their files."""
+"""A bare checkpoint as a model: a graph without nodes, with the checkpoint's tensors in their files as initializers."""
 
 from __future__ import annotations
 

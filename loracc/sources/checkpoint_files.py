@@ -32,7 +32,6 @@ WEIGHT_SUFFIXES = frozenset(
     + [".h5", ".keras", ".msgpack", ".npz", ".npy", ".tflite", ".gguf"]
     + [".onnx", ".data", ".onnx_data", ".engine"]
 )
-)
 
 
 @dataclass(frozen=True)
