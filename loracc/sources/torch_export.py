@@ -1,0 +1,153 @@
+"""A ``torch.export.ExportedProgram`` becomes an ``ir.Model`` in which every parameter keeps its module path.
+
+Shared by every torch front end. torch's exporter runs unoptimized, then the same optimization follows here with the
+parameters opaque (``passes/optimize_graph.py``), so that the result has the nodes of ``torch.onnx.export(model,
+dynamo=True)`` and the names of the module. Nothing is read: the parameters may be on the meta device.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import onnx_ir as ir
+from onnx_ir.passes.common import InlinePass
+
+from loracc.errors import UnsupportedError, require
+from loracc.passes.hoist_transposes import SCOPES_KEY, HoistTransposes, reader_alias
+from loracc.passes.optimize_graph import OptimizeGraph
+from loracc.quiet import quiet
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["EXPORTED_LOGGERS", "name_dimensions", "parameter_names", "tied_groups", "to_ir"]
+
+#: Loggers that report progress and missing optional packages during an export.
+EXPORTED_LOGGERS = ("torch", "onnxscript", "onnx_ir")
+#: torch's exporter leaves the Transpose of a shared weight above this many elements (onnxscript's folding limit).
+_SHARED_LIMIT = 8192
+#: Node metadata worth keeping: how later tools find the module of a node. The rest holds this machine's paths.
+_KEPT_METADATA = (SCOPES_KEY, "namespace")
+
+
+def to_ir(program: torch.export.ExportedProgram, opset: int | None = None) -> ir.Model:
+    """The program as a graph: parameters are initializers named by their module path, ``Transpose(weight)`` is hoisted.
+
+    Args:
+        program: Any exported program; its tensors may be real, fake or on the meta device.
+        opset: ONNX opset; torch's default when None.
+
+    Raises:
+        UnsupportedError: torch has no translation for some operator.
+    """
+    torch = require("torch", "export a PyTorch model")
+    groups = tied_groups(program)
+    protected = parameter_names(program)
+    with quiet(*EXPORTED_LOGGERS):
+        try:
+            exported = torch.onnx.export(program, dynamo=True, optimize=False, verbose=False, opset_version=opset)
+        except torch.onnx.errors.OnnxExporterError as error:
+            raise UnsupportedError(
+                f"torch {torch.__version__} cannot write this model as ONNX: {_reason(error)}",
+                hint="Try another --opset, or export the model to ONNX yourself and give that file.",
+            ) from error
+        model: ir.Model = exported.model
+        InlinePass()(model)
+        name_tied(model.graph, groups)
+        HoistTransposes(groups, _SHARED_LIMIT)(model)
+        OptimizeGraph(protected)(model)
+    strip_metadata(model)
+    return model
+
+
+def parameter_names(program: torch.export.ExportedProgram) -> frozenset[str]:
+    """What a state dict holds: parameters and persistent buffers. The rest (rotary tables) are constants."""
+    signature = program.graph_signature
+    volatile = set(signature.non_persistent_buffers)
+    return frozenset(name for name in (*signature.parameters, *signature.buffers) if name not in volatile)
+
+
+def tied_groups(program: torch.export.ExportedProgram) -> list[tuple[str, ...]]:
+    """Names of parameters that are one tensor (a tied embedding), in the program's order."""
+    groups: dict[tuple[Any, ...], list[str]] = {}
+    for name, tensor in program.state_dict.items():
+        storage = tensor.untyped_storage()._cdata  # identity of the storage; data_ptr() is 0 on the meta device
+        groups.setdefault((storage, tensor.storage_offset(), *tensor.shape, *tensor.stride()), []).append(name)
+    return [tuple(names) for names in groups.values() if len(names) > 1]
+
+
+def name_tied(graph: ir.Graph, groups: Sequence[Sequence[str]]) -> None:
+    """torch keeps any one name of a tied parameter: give it the name that its readers mean, when they agree."""
+    for names in groups:
+        held = [graph.initializers[name] for name in names if name in graph.initializers]
+        for value in held:
+            meant = {reader_alias(use.node, names) for use in value.uses()}
+            if len(meant) == 1 and None not in meant:
+                name = str(meant.pop())
+                if name not in graph.initializers:
+                    value.name = name
+
+
+def strip_metadata(model: ir.Model) -> None:
+    """Drop what names this machine or this process (stack traces, addresses); keep the module scopes."""
+    model.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    model.graph.meta.clear()
+    for value in (*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()):
+        value.metadata_props.clear()
+    for node in model.graph.all_nodes():
+        kept = {key: node.metadata_props[key] for key in _KEPT_METADATA if key in node.metadata_props}
+        node.metadata_props.clear()
+        node.metadata_props.update(kept)
+        for output in node.outputs:
+            output.metadata_props.clear()
+
+
+def name_dimensions(model: ir.Model, names: Mapping[str, Sequence[str | None]]) -> list[str]:
+    """Give the dynamic axes of the inputs readable symbols, everywhere in the graph.
+
+    Args:
+        names: Per input, a symbol for each axis that should be dynamic: ``{"input_ids": ("batch", "sequence")}``.
+
+    Returns:
+        The axes that torch made constant all the same, as "input_ids[1] = 7".
+    """
+    renamed: dict[str, str] = {}
+    fixed: list[str] = []
+    for value in model.graph.inputs:
+        for axis, symbol in enumerate(names.get(value.name or "", ())):
+            if symbol is None or value.shape is None:
+                continue
+            dim = value.shape[axis]
+            if isinstance(dim, int):
+                fixed.append(f"{value.name}[{axis}] = {dim}")
+            elif isinstance(dim, ir.SymbolicDim) and dim.value is not None:
+                renamed.setdefault(dim.value, symbol)
+    if renamed:
+        _rename_symbols(model, renamed)
+    return fixed
+
+
+def _rename_symbols(model: ir.Model, renamed: Mapping[str, str]) -> None:
+    pattern = re.compile(r"\b(" + "|".join(map(re.escape, renamed)) + r")\b")
+    values = [*model.graph.inputs, *model.graph.outputs]
+    for node in model.graph.all_nodes():
+        values.extend(node.outputs)
+    for value in dict.fromkeys(values):
+        if value.shape is None or value.shape.is_static():
+            continue
+        value.shape = ir.Shape(
+            [
+                pattern.sub(lambda m: renamed[m[1]], d.value) if isinstance(d, ir.SymbolicDim) and d.value else d
+                for d in value.shape.dims
+            ]
+        )
+
+
+def _reason(error: BaseException) -> str:
+    """The innermost cause's first line: torch wraps the one useful sentence in a page of advice."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
