@@ -27,10 +27,10 @@ __all__ = [
 #: Stems of the weight files that the libraries look for in a folder, in this order.
 STEMS = ("model", "diffusion_pytorch_model")
 #: Files that hold weights, of whatever framework: never copied beside merged ones.
-WEIGHT_SUFFIXES = frozenset(
-    [".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".ot"]
-    + [".h5", ".keras", ".msgpack", ".npz", ".npy", ".tflite", ".gguf"]
-    + [".onnx", ".data", ".onnx_data", ".engine"]
+WEIGHT_SUFFIXES = (
+    frozenset({".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".ot"})
+    | frozenset({".h5", ".keras", ".msgpack", ".npz", ".npy", ".tflite", ".gguf"})
+    | frozenset({".onnx", ".data", ".onnx_data", ".engine"})
 )
 
 
