@@ -1,4 +1,4 @@
-"""Inputs that the user gives: ``--input NAME:DTYPE[SHAPE]``, ``--inputs FILE.npz`` and ``--dynamic NAME:AXIS=SYMBOL``."""
+"""Inputs that the user gives: ``--input NAME:DTYPE[SHAPE]``, ``--inputs FILE.npz``, ``--dynamic NAME:AXIS=SYMBOL``."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def given_inputs(options: LoadOptions, ranges: Mapping[str, tuple[int, int]] | N
 
 def sample_array(spec: InputSpec, integers: tuple[int, int] = (0, 2)) -> Array:
     """A seeded random array: standard normal, or integers in the half-open range."""
-    rng = np.random.default_rng([_SEED, *spec.name.encode()])
+    rng = np.random.default_rng([_SEED, *spec.name.encode("utf-8", "surrogateescape")])
     if spec.dtype.kind in "iub":
         return np.asarray(rng.integers(*integers, spec.shape)).astype(spec.dtype)
     return np.asarray(rng.standard_normal(spec.shape)).astype(spec.dtype)

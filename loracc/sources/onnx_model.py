@@ -1,0 +1,114 @@
+"""ONNX files of any exporter as base models; weights in external data stay there."""
+
+from __future__ import annotations
+
+from itertools import count
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+from google.protobuf.message import DecodeError
+from onnx_ir.passes.common import LiftConstantsToInitializersPass
+
+from loracc.dtypes import is_float
+from loracc.errors import InputError, UnsupportedError
+from loracc.model import BaseModel, LoadOptions
+from loracc.passes.find_sites import find_sites
+from loracc.sources.onnx_tensors import check_tensors
+from loracc.sources.user_inputs import given_inputs
+
+__all__ = ["load_onnx", "read_graph"]
+
+
+def load_onnx(path: Path, options: LoadOptions) -> BaseModel:
+    """Read an ONNX model. Its sample inputs are what the user gave, if anything.
+
+    Raises:
+        InputError: Damaged, unsafe external data, a graph that does not hang together, inputs it has not.
+        UnsupportedError: Sparse initializers.
+    """
+    model = read_graph(path)
+    inputs = given_inputs(options)
+    names = [str(value.name) for value in model.graph.inputs]
+    if unknown := [name for name in inputs if name not in names]:
+        raise InputError(f"{path}: the model has no input {unknown[0]!r}.", hint=f"Its inputs: {', '.join(names)}.")
+    return BaseModel(path=path, format="onnx", ir=model, sites=find_sites(model), sample_inputs=inputs)
+
+
+def read_graph(path: Path) -> ir.Model:
+    """The checked graph of an ONNX file, every weight an initializer and every node with a name of its own."""
+    proto = _parse(path)
+    if proto.graph.sparse_initializer:  # onnx_ir drops them without a word (docs/upstream.md)
+        name = proto.graph.sparse_initializer[0].values.name
+        raise UnsupportedError(f"{path}: sparse initializer {name!r}; loracc reads dense weights only.")
+    check_tensors(path, proto)
+    try:
+        model = ir.serde.deserialize_model(proto)
+    except Exception as error:  # a parser's boundary: onnx_ir wraps whatever a malformed graph trips
+        reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
+        raise InputError(
+            f"{path}: an ONNX file whose graph cannot be read ({reason[0][:200]}).",
+            hint="Check it with onnx.checker.check_model, and export it again.",
+        ) from error
+    _check_wiring(path, model)
+    _name_nodes(model)
+    _lift_weights(model)
+    return model
+
+
+def _parse(path: Path) -> onnx.ModelProto:
+    try:
+        proto = onnx.load(path, format="protobuf", load_external_data=False)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror or error}.") from error
+    except DecodeError as error:
+        raise InputError(
+            f"{path}: not a readable ONNX file ({error}).",
+            hint="It is damaged or cut short: fetch or export it again.",
+        ) from error
+    if not proto.graph.node and not proto.graph.output:
+        raise InputError(f"{path}: the ONNX graph is empty.", hint="Export the model again.")
+    return proto
+
+
+def _check_wiring(path: Path, model: ir.Model) -> None:
+    """Every value that a node reads comes from somewhere: onnx_ir makes a placeholder where it does not."""
+    for node in model.graph.all_nodes():
+        for value in node.inputs:
+            if value is not None and not _has_source(value):
+                raise InputError(
+                    f"{path}: node {node.name!r} ({node.op_type}) reads {value.name!r}, which nothing produces.",
+                    hint="Check the model with onnx.checker.check_model, and export it again.",
+                )
+
+
+def _has_source(value: ir.Value) -> bool:
+    return value.producer() is not None or value.is_graph_input() or value.is_initializer()
+
+
+def _name_nodes(model: ir.Model) -> None:
+    """Sites name the nodes that read them: a name must mean one node.
+
+    ``onnx_ir``'s NameFixPass would name omitted optional outputs too, and so ask the runtime to compute them.
+    """
+    taken = {node.name for node in model.graph.all_nodes()}
+    seen: set[str | None] = set()
+    for node in model.graph.all_nodes():
+        if not node.name or node.name in seen:
+            base = node.name or f"node_{node.op_type}"
+            node.name = next(name for i in count(2) if (name := f"{base}_{i}") not in taken)
+            taken.add(node.name)
+        seen.add(node.name)
+
+
+def _lift_weights(model: ir.Model) -> None:
+    """Weights that the exporter wrote as Constant nodes become initializers, under their value's name.
+
+    A graph without such weights is left as it is.
+    """
+    for node in model.graph:
+        if node.op_type == "Constant" and "value" in node.attributes:
+            tensor = node.attributes["value"].as_tensor()
+            if is_float(tensor.dtype) and len(tensor.shape) >= 2 and tensor.size >= 16:
+                LiftConstantsToInitializersPass()(model)
+                return
