@@ -101,7 +101,7 @@ def _holds(site: Site, value: ir.Value, nodes: set[str | None]) -> bool:
         return False
     rows = layout.canonical_shape(shape)
     stored_rows = (shape[layout.perm[0]] if layout.perm else shape[0]) if shape else 1
-    inside = 0 <= layout.start and (layout.stop is None or layout.stop <= stored_rows)
+    inside = layout.start >= 0 and (layout.stop is None or layout.stop <= stored_rows)
     return inside and all(n > 0 for n in rows[:1]) and (not site.consumer or site.consumer in nodes)
 
 
@@ -123,8 +123,8 @@ def _by_name(claim: _Claim, group: list[_Claim], elsewhere: Mapping[str, set[str
     """Rule 2. A name that the reader's scope contradicts is another module's: the reader's own is told by its scope.
 
     Without any reader that the name agrees with, it is believed (T5's ``shared`` is read as ``encoder.embed_tokens``),
-    unless the module it names reads another weight (an optimizer gave the head its own copy and left the embedding under
-    the head's name), or the op is one that a normalisation may have been folded into: such a weight is not the
+    unless the module it names reads another weight (an optimizer gave the head its own copy and left the embedding
+    under the head's name), or the op is one that a normalisation may have been folded into: such a weight is not the
     parameter that its name says, and gets none.
     """
     name, reader = claim.reader.name, claim.reader

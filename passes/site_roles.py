@@ -26,8 +26,8 @@ class Reader:
         node: The node, and ``index`` the input that the weight arrives at.
         path: The nodes from the initializer's direct user to ``node``.
         perm: The stored axis of each axis as the node sees it.
-        name: The last parameter name on the way: the TorchScript exporter merges equal tensors and leaves each one's own
-            name on an Identity's output.
+        name: The last parameter name on the way: the TorchScript exporter merges equal tensors and leaves each one's
+            own name on an Identity's output.
         scope: Module path in whose forward the node was traced, None when nothing tells.
     """
 
@@ -170,7 +170,7 @@ def _product_role(reader: Reader) -> Role:
 
 
 def _einsum_role(reader: Reader) -> Role:
-    """An equation's operand of two letters, one of them contracted, is a linear weight; of three, a stack of experts."""
+    """An operand of two letters, one of them contracted, is a linear weight; one of three is a stack of experts."""
     node, index, rank = reader.node, reader.index, len(reader.perm)
     if rank == 3:
         return Role("experts", "weight", Layout(), strong=False)

@@ -14,6 +14,7 @@ from loracc.dtypes import is_float
 from loracc.errors import InputError, UnsupportedError
 from loracc.model import BaseModel, LoadOptions
 from loracc.passes.find_sites import find_sites
+from loracc.sites import SiteTable
 from loracc.sources.onnx_tensors import check_tensors
 from loracc.sources.user_inputs import given_inputs
 
@@ -32,7 +33,22 @@ def load_onnx(path: Path, options: LoadOptions) -> BaseModel:
     names = [str(value.name) for value in model.graph.inputs]
     if unknown := [name for name in inputs if name not in names]:
         raise InputError(f"{path}: the model has no input {unknown[0]!r}.", hint=f"Its inputs: {', '.join(names)}.")
-    return BaseModel(path=path, format="onnx", ir=model, sites=find_sites(model), sample_inputs=inputs)
+    try:
+        sites = find_sites(model)
+    except InputError as error:
+        raise InputError(f"{path}: {error.message}", hint=error.hint) from error
+    return BaseModel(path=path, format="onnx", ir=model, sites=sites, sample_inputs=inputs, notes=_notes(sites))
+
+
+def _notes(sites: SiteTable) -> tuple[str, ...]:
+    folded = [site.initializer for site in sites if not site.source and site.kind in ("conv", "conv_transpose")]
+    if not folded:
+        return ()
+    names = ", ".join(folded[:3]) + (", ..." if len(folded) > 3 else "")
+    return (
+        f"{len(folded)} convolution weight(s) cannot be named ({names}): the exporter seems to have folded a batch "
+        "normalisation into them, and a delta for the original weight does not fit the folded one.",
+    )
 
 
 def read_graph(path: Path) -> ir.Model:
