@@ -67,6 +67,10 @@ class Delta(abc.ABC):
         """ΔW, whole, in ``dtype``. Only for additive kinds."""
         raise TypeError(f"{self.kind} has no ΔW that is independent of W")
 
+    def converted(self, dtype: np.dtype[np.generic]) -> Delta:
+        """This delta with its factors in ``dtype`` once and for all: the same bits, for a fold of many slabs."""
+        return self
+
     def prepare(self, read: ReadSlab, axis: int, length: int, step: int) -> Array | None:
         """First pass over W for kinds that need a statistic of the whole weight; its result goes to apply_slab.
 

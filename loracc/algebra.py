@@ -14,12 +14,13 @@ import numpy as np
 from loracc.dtypes import Array
 
 __all__ = [
+    "add_low_rank",
     "dora_factor",
     "dora_norm_terms",
     "expert_factors",
+    "lora_scale",
     "low_rank",
     "low_rank_norm",
-    "lora_scale",
     "stacked_low_rank",
 ]
 
@@ -34,13 +35,22 @@ def lora_scale(alpha: float, rank: int, *, rslora: bool = False) -> float:
 
 
 def low_rank(b: Array, a: Array, scale: float) -> Array:
-    """ΔW = s·B·A (Hu et al. 2021, equation 3). ``b`` is ``[out, r]``, ``a`` is ``[r, *rest]``; returns ``[out, *rest]``.
+    """ΔW = s·B·A (Hu et al. 2021, equation 3). ``b`` is ``[out, r]``, ``a`` ``[r, *rest]``; returns ``[out, *rest]``.
 
     A k×k convolution is the same product with ``rest = (in, *k)``: PEFT applies A as the k×k convolution and B as a
     1×1 one after it. An embedding is the same product with the roles swapped, ΔW = s·(B·A)ᵀ = s·AᵀBᵀ.
     """
-    scaled = b * b.dtype.type(scale)
+    scaled = b if scale == 1.0 else b * b.dtype.type(scale)
     return (scaled @ a.reshape(a.shape[0], -1)).reshape(b.shape[0], *a.shape[1:])
+
+
+def add_low_rank(w: Array, b: Array, a: Array, scale: float) -> None:
+    """``w += s·B·A`` in place, for ``w`` of ``[out, *rest]``; the product is formed in the order w has in memory."""
+    scaled = b if scale == 1.0 else b * b.dtype.type(scale)
+    if w.ndim == 2 and w.strides[0] < w.strides[1]:
+        w.T[...] += a.T @ scaled.T
+    else:
+        w += low_rank(scaled, a, 1.0)
 
 
 def stacked_low_rank(b: Array, a: Array, scale: float) -> Array:

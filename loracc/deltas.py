@@ -8,7 +8,7 @@ from typing import ClassVar
 import numpy as np
 
 from loracc.adapter import Delta, ReadSlab, slab_index
-from loracc.algebra import dora_factor, dora_norm_terms, low_rank, stacked_low_rank
+from loracc.algebra import add_low_rank, dora_factor, dora_norm_terms, low_rank, stacked_low_rank
 from loracc.dtypes import Array
 from loracc.errors import UnsupportedError
 
@@ -42,15 +42,19 @@ class LowRank(Delta):
     def materialize(self, dtype: np.dtype[np.generic]) -> Array:
         return low_rank(self.b.astype(dtype), self.a.astype(dtype), self.s)
 
+    def converted(self, dtype: np.dtype[np.generic]) -> LowRank:
+        b = self.b.astype(dtype)
+        return LowRank(self.a.astype(dtype), b * b.dtype.type(self.s), 1.0)
+
     def apply_slab(self, w: Array, axis: int, lo: int, hi: int, statistic: Array | None = None) -> Array:
         b, a = (self.b[lo:hi], self.a) if axis == 0 else (self.b, self.a[slab_index(self.a.ndim, axis, lo, hi)])
-        w += low_rank(b.astype(w.dtype), a.astype(w.dtype), self.s)
+        add_low_rank(w, b.astype(w.dtype, copy=False), a.astype(w.dtype, copy=False), self.s)
         return w
 
 
 @dataclass(frozen=True, eq=False)
 class StackedLowRank(Delta):
-    """ΔW[e] = s·B[e]·A[e] on a stack of expert weights ``[E, rows, cols]``. ``b`` is ``[E, rows, r]``, ``a`` ``[E, r, cols]``."""
+    """ΔW[e] = s·B[e]·A[e] on expert weights ``[E, rows, cols]``. ``b`` is ``[E, rows, r]``, ``a`` ``[E, r, cols]``."""
 
     kind: ClassVar[str] = "lora"
     a: Array
@@ -75,6 +79,10 @@ class StackedLowRank(Delta):
     def materialize(self, dtype: np.dtype[np.generic]) -> Array:
         return stacked_low_rank(self.b.astype(dtype), self.a.astype(dtype), self.s)
 
+    def converted(self, dtype: np.dtype[np.generic]) -> StackedLowRank:
+        b = self.b.astype(dtype)
+        return StackedLowRank(self.a.astype(dtype), b * b.dtype.type(self.s), 1.0)
+
     def apply_slab(self, w: Array, axis: int, lo: int, hi: int, statistic: Array | None = None) -> Array:
         b, a = self.b, self.a
         if axis == 0:
@@ -83,7 +91,7 @@ class StackedLowRank(Delta):
             b = b[:, lo:hi]
         else:
             a = a[:, :, lo:hi]
-        w += stacked_low_rank(b.astype(w.dtype), a.astype(w.dtype), self.s)
+        w += stacked_low_rank(b.astype(w.dtype, copy=False), a.astype(w.dtype, copy=False), self.s)
         return w
 
 
@@ -117,24 +125,27 @@ class DoRA(Delta):
         """As PEFT's ``scale_layer``: the weight acts on ΔW inside the norm, the magnitude stays."""
         return replace(self, inner=self.inner.scaled(weight))
 
+    def converted(self, dtype: np.dtype[np.generic]) -> DoRA:
+        return replace(self, inner=self.inner.converted(dtype))
+
     def prepare(self, read: ReadSlab, axis: int, length: int, step: int) -> Array | None:
+        """‖V‖² per kept index. None where a slab holds whole vectors to be normed: no first pass is needed then."""
+        if axis == self.axis:
+            return None
         total = np.zeros(self.magnitude.shape[0], np.float64)
         for lo in range(0, length, step):
             hi = min(lo + step, length)
-            terms = dora_norm_terms(self.inner.apply_slab(read(lo, hi), axis, lo, hi), self.axis)
-            if axis == self.axis:
-                total[lo:hi] = terms
-            else:
-                total += terms
+            total += dora_norm_terms(self.inner.apply_slab(read(lo, hi), axis, lo, hi), self.axis)
         return total
 
     def apply_slab(self, w: Array, axis: int, lo: int, hi: int, statistic: Array | None = None) -> Array:
+        v = self.inner.apply_slab(w, axis, lo, hi)
+        magnitude = self.magnitude
+        if axis == self.axis:
+            magnitude, statistic = magnitude[lo:hi], dora_norm_terms(v, self.axis)
         if statistic is None:
             raise TypeError("DoRA needs the norms that prepare() returns")
-        v = self.inner.apply_slab(w, axis, lo, hi)
-        factor = dora_factor(self.magnitude.astype(np.float64), statistic)
-        if axis == self.axis:
-            factor = factor[lo:hi]
+        factor = dora_factor(magnitude.astype(np.float64), statistic)
         v *= factor.astype(v.dtype).reshape([-1 if i == self.axis else 1 for i in range(v.ndim)])
         return v
 
@@ -181,8 +192,8 @@ class Replacement(Delta):
 
     def scaled(self, weight: float) -> Replacement:
         raise UnsupportedError(
-            f"a weight of {weight} on an adapter that replaces whole parameters (modules_to_save or bias) has no meaning: "
-            "a replacement is not a delta.",
+            f"a weight of {weight} on an adapter that replaces whole parameters (modules_to_save or bias) has no "
+            "meaning: a replacement is not a delta.",
             hint="Use the adapter without @WEIGHT.",
         )
 
@@ -193,7 +204,7 @@ class Replacement(Delta):
 
 @dataclass(frozen=True, eq=False)
 class RowReplacement(Delta):
-    """W'[rows] = new rows, the others stay (PEFT ``trainable_token_indices``). ``rows`` int64 ``[n]``, ``new`` ``[n, dim]``."""
+    """W'[rows] = new rows (PEFT ``trainable_token_indices``). ``rows`` int64 ``[n]``, ``new`` ``[n, dim]``."""
 
     kind: ClassVar[str] = "rows"
     additive: ClassVar[bool] = False
@@ -207,7 +218,8 @@ class RowReplacement(Delta):
 
     def scaled(self, weight: float) -> RowReplacement:
         raise UnsupportedError(
-            f"a weight of {weight} on an adapter with trained token rows has no meaning: the rows are replaced, not added to.",
+            f"a weight of {weight} on an adapter with trained token rows has no meaning: the rows are replaced, not "
+            "added to.",
             hint="Use the adapter without @WEIGHT.",
         )
 

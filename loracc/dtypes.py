@@ -12,6 +12,7 @@ import onnx_ir as ir
 __all__ = [
     "FLOAT_NAMES",
     "Array",
+    "all_finite",
     "compute_dtype",
     "dtype_from_name",
     "is_float",
@@ -54,15 +55,54 @@ def compute_dtype(storage: ir.DataType) -> np.dtype[Any]:
     return np.dtype(np.float32 if storage == ir.DataType.BFLOAT16 else np.float64)
 
 
-def round_to(values: Array, storage: ir.DataType) -> Array:
+def round_to(values: Array, storage: ir.DataType, out: Array | None = None) -> Array:
     """Round to nearest even into ``storage``, once. ``values`` is float32 or float64 of any shape.
 
-    float64 -> bfloat16 goes through float32 inside ml_dtypes; no caller does that on the folding path (see
-    ``compute_dtype``).
+    Overflow becomes inf, and NaN stays NaN: :func:`all_finite` finds both afterwards.
+
+    Args:
+        values: What to round; may be returned as it is when it has the dtype already.
+        storage: The dtype to round to.
+        out: Where to put it, of that dtype and shape; made when absent.
     """
-    # Overflow becomes inf here on purpose: the fold looks for inf and names the site.
+    # ml_dtypes goes from float64 to bfloat16 by way of float32, which would round twice.
+    exact = _round_to_odd(values) if storage == ir.DataType.BFLOAT16 and values.dtype == np.float64 else values
     with np.errstate(over="ignore", invalid="ignore"):
-        return values.astype(storage.numpy(), copy=False)
+        # Measured on a block in cache: ml_dtypes' cast 0.43 ns per element, shifts and masks in numpy 0.50.
+        if out is None:
+            return exact.astype(storage.numpy(), copy=False)
+        np.copyto(out, exact, casting="unsafe")
+    return out
+
+
+def _round_to_odd(values: Array) -> Array:
+    """float64 -> float32 such that a second rounding to 22 bits or fewer is correct (Boldo & Melquiond 2008).
+
+    Inexact results are truncated and their last bit is set: the second rounding sees that something was below it.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        nearest = values.astype(np.float32)
+    back = nearest.astype(np.float64)
+    bits = nearest.view(np.uint32)
+    inexact = (back != values) & ~np.isnan(values)
+    bits = bits - (inexact & (np.abs(back) > np.abs(values)))
+    return (bits | inexact).astype(np.uint32).view(np.float32)
+
+
+def all_finite(values: Array) -> bool:
+    """Whether no element is inf or NaN; ``values`` is of a float dtype that keeps inf in its highest exponent.
+
+    Two reductions over the bits, as signed integers for the positive numbers and as unsigned ones for the negative.
+
+    >>> all_finite(np.array([1.0, -3.0])), all_finite(np.array([1.0, -np.inf])), all_finite(np.array([np.nan]))
+    (True, False, False)
+    """
+    if not values.size:
+        return True
+    size = values.dtype.itemsize
+    infinity = int(np.array(np.inf).astype(values.dtype).view(f"u{size}"))
+    sign = 1 << (8 * size - 1)
+    return bool(values.view(f"i{size}").max() < infinity and int(values.view(f"u{size}").max()) < infinity + sign)
 
 
 def unit_roundoff(storage: ir.DataType) -> float:
@@ -71,4 +111,4 @@ def unit_roundoff(storage: ir.DataType) -> float:
     >>> unit_roundoff(ir.DataType.BFLOAT16) == 2.0**-8
     True
     """
-    return float(ml_dtypes.finfo(storage.numpy()).eps) / 2.0
+    return float(ml_dtypes.finfo(storage.numpy()).eps) / 2.0  # type: ignore[no-untyped-call]  # untyped upstream

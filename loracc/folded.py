@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import math
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 
 import numpy as np
 import onnx_ir as ir
-from threadpoolctl import ThreadpoolController
 
 from loracc.adapter import Delta
-from loracc.dtypes import Array, compute_dtype, round_to
+from loracc.blas import one_blas_thread
+from loracc.dtypes import Array, all_finite, compute_dtype, round_to
 from loracc.errors import NumericsError
+from loracc.rows import Rows, RowsBase
 from loracc.sites import Site
-from loracc.tensors import TiledTensor, dims, read_rows, tile_rows
+from loracc.tensors import TiledTensor, dims, open_rows, read_rows
 
-__all__ = ["Binding", "FoldedTensor", "annotate", "bindings_of"]
+__all__ = ["Binding", "FoldedTensor", "annotate", "bindings_of", "block_rows"]
 
 _BINDINGS = "loracc.bindings"
+#: Elements of one compute block: in float32 it and its product stay in a core's second-level cache.
+_BLOCK_ELEMENTS = 1 << 16
+#: A product of fewer rows spends its time on packing the other factor; more elements than this are never held at once.
+_BLOCK_MIN_ROWS, _BLOCK_MAX_ELEMENTS = 16, 1 << 19
 
 
 @dataclass(frozen=True)
@@ -57,8 +63,8 @@ class FoldedTensor(TiledTensor):
     """An initializer with deltas folded in.
 
     Replacements act first, then every other delta in order, each as a change to the value *before* any of them:
-    W' = round(R + Σᵢ (δᵢ(R) − R)) with R the replaced W. For additive kinds that is the exact sum; a single kind that is
-    not additive (DoRA) is its own value. Computed in ``compute_dtype`` and rounded once (DESIGN.md 4).
+    W' = round(R + Σᵢ (δᵢ(R) − R)) with R the replaced W. For additive kinds that is the exact sum; a single kind that
+    is not additive (DoRA) is its own value. Computed in ``compute_dtype`` and rounded once (DESIGN.md 4).
 
     Args:
         base: The original weight; it stays where it is and is read in tiles.
@@ -71,91 +77,173 @@ class FoldedTensor(TiledTensor):
         self.base = base
         self.bindings = tuple(sorted(bindings, key=lambda b: not b.delta.replaces))
         self._statistics: dict[int, Array | None] = {}
+        self._lock = threading.Lock()
+
+    def open_rows(self) -> Rows:
+        return _FoldedRows(self)
 
     def compute_rows(self, lo: int, hi: int) -> Array:
-        with _blas().limit(limits=1, user_api="blas"):  # same bits for any thread count
-            exact = self.exact_rows(lo, hi)
-            rounded = round_to(exact, self.dtype)
-        self._check_finite(rounded, lo, hi)
-        return rounded
+        shape = dims(self)
+        result = np.empty((hi - lo, *shape[1:]) if shape else (), self.dtype.numpy())
+        with self.open_rows() as rows:
+            rows.fill(lo, hi, result)
+        return result
 
     def exact_rows(self, lo: int, hi: int, dtype: np.dtype[np.generic] | None = None) -> Array:
         """Rows ``lo`` to ``hi`` before the rounding, in the compute dtype or a higher one."""
-        stored = read_rows(self.base, lo, hi).astype(dtype or compute_dtype(self.dtype))
-        for site in dict.fromkeys(binding.site for binding in self.bindings):
-            self._apply_site(stored, site, lo, hi)
+        stored = read_rows(self.base, lo, hi).astype(dtype or self.compute_dtype)
+        with one_blas_thread():
+            _Folding(self, stored.dtype).apply(stored, lo, hi)
         return stored
 
-    def _apply_site(self, stored: Array, site: Site, lo: int, hi: int) -> None:
-        """Change the part of a stored tile that is ``site``'s, in place."""
-        axis = site.layout.tiled_axis
-        view, start, stop = self._slab(stored, site, lo, hi)
-        if start >= stop:
-            return
-        for binding in self._of(site, replaces=True):
-            _assign(view, binding.delta.apply_slab(view, axis, start, stop))
-        changes = self._of(site, replaces=False)
-        if len(changes) == 1 or all(binding.delta.additive for binding in changes):
-            for binding in changes:
-                _assign(view, binding.delta.apply_slab(view, axis, start, stop, self._statistic(binding)))
-        else:
-            original = view.copy()
-            for binding in changes:
-                view += (
-                    binding.delta.apply_slab(original.copy(), axis, start, stop, self._statistic(binding)) - original
-                )
+    @property
+    def compute_dtype(self) -> np.dtype[np.generic]:
+        """The precision of everything before the one rounding; a float64 weight is not narrowed before it."""
+        return np.dtype(np.float64) if self.base.dtype == ir.DataType.DOUBLE else compute_dtype(self.dtype)
 
-    def _slab(self, stored: Array, site: Site, lo: int, hi: int) -> tuple[Array, int, int]:
-        """The site's part of the stored rows ``lo:hi`` as a canonical view, and its range on the site's tiled axis."""
-        layout = site.layout
-        if layout.tiled_axis != 0 or layout.whole:
-            return layout.view(stored), lo, hi
-        # A block of the stored rows: the tile may hold some of it, or none.
-        block_stop = dims(self)[layout.perm[0] if layout.perm else 0] if layout.stop is None else layout.stop
-        first, last = max(lo, layout.start), min(hi, block_stop)
-        permuted = stored.transpose(layout.perm) if layout.perm else stored
-        return permuted[max(first - lo, 0) : max(last - lo, 0)], first - layout.start, last - layout.start
-
-    def _of(self, site: Site, *, replaces: bool) -> list[Binding]:
-        return [b for b in self.bindings if b.site == site and b.delta.replaces == replaces]
-
-    def _statistic(self, binding: Binding) -> Array | None:
+    def statistic(self, binding: Binding) -> Array | None:
         """What the delta's first pass over the weight found; computed once, when first asked for."""
-        if id(binding) not in self._statistics:
-            site, shape = binding.site, dims(self)
-            axis = site.layout.tiled_axis
-            length = site.layout.canonical_shape(shape)[axis] if shape else 1
-            step = tile_rows(shape, int(self.base.dtype.itemsize))
-            self._statistics[id(binding)] = binding.delta.prepare(
-                lambda lo, hi: self._replaced_slab(site, lo, hi), axis, length, step
-            )
-        return self._statistics[id(binding)]
+        with self._lock:
+            if id(binding) not in self._statistics:
+                self._statistics[id(binding)] = self._prepare(binding)
+            return self._statistics[id(binding)]
 
-    def _replaced_slab(self, site: Site, start: int, stop: int) -> Array:
-        """Canonical slab of the weight with replacements done and nothing else, in the compute dtype."""
-        offset = site.layout.start if site.layout.tiled_axis == 0 else 0
-        stored = read_rows(self.base, start + offset, stop + offset).astype(compute_dtype(self.dtype))
-        view, _, _ = self._slab(stored, site, start + offset, stop + offset)
-        for binding in self._of(site, replaces=True):
-            _assign(view, binding.delta.apply_slab(view, site.layout.tiled_axis, start, stop))
-        return view
+    def _prepare(self, binding: Binding) -> Array | None:
+        site, shape = binding.site, dims(self)
+        axis, rows = site.layout.tiled_axis, block_rows(shape)
+        length = site.layout.canonical_shape(shape)[axis] if shape else 1
+        offset = site.layout.start if axis == 0 else 0
+        replaced = _Folding(self, self.compute_dtype, site, replaces=True)
+        with open_rows(self.base) as base, one_blas_thread():
 
-    def _check_finite(self, rounded: Array, lo: int, hi: int) -> None:
-        if np.isfinite(rounded).all():
+            def read(start: int, stop: int) -> Array:
+                """Canonical slab of the weight with replacements done and nothing else."""
+                lo, hi = start + offset, stop + offset
+                stored = np.empty((hi - lo, *shape[1:]) if shape else (), self.base.dtype.numpy())
+                base.fill(lo, hi, stored)
+                exact = stored.astype(self.compute_dtype)
+                replaced.apply(exact, lo, hi)
+                return _slab(exact, site, shape, lo, hi)[0]
+
+            return binding.delta.converted(self.compute_dtype).prepare(read, axis, length, rows)
+
+    def check_finite(self, rounded: Array, lo: int, hi: int) -> None:
+        """Raise NumericsError, naming the sites, when rows ``lo`` to ``hi`` did not stay finite."""
+        if all_finite(rounded):
             return
-        before = np.isfinite(read_rows(self.base, lo, hi).astype(np.float32)).all()
-        names = ", ".join(sorted({binding.site.name for binding in self.bindings}))
+        before = np.isfinite(read_rows(self.base, lo, hi).astype(np.float64))
+        if not self.bindings and np.array_equal(before, np.isfinite(rounded)):
+            return  # a mask of -inf that only changes its dtype
+        names = ", ".join(sorted({binding.site.name for binding in self.bindings})) or str(self.name)
         raise NumericsError(
             f"folding {names}: the weight would hold inf or NaN in {self.dtype.name} "
-            + ("(the base weight is finite)." if before else "(the base weight itself already does)."),
+            + ("(the base weight is finite)." if before.all() else "(the base weight itself already does)."),
             hint="The adapter is too strong for this dtype, or damaged: check its scale, or fold with --dtype fp32.",
         )
 
 
-@cache
-def _blas() -> ThreadpoolController:
-    """Found once: looking the libraries up costs milliseconds."""
-    return ThreadpoolController()
+def block_rows(shape: Sequence[int]) -> int:
+    """How many stored rows are computed at once.
+
+    A BLAS may round differently for another shape of the same product, so this depends on the tensor's shape only,
+    whatever tiles the rows are read and written in: the same bytes come out for any of them.
+
+    >>> block_rows((5632, 2048)), block_rows((2048, 5632)), block_rows((2048, 128256)), block_rows((7,)), block_rows(())
+    (32, 16, 4, 65536, 65536)
+    """
+    row = max(math.prod(shape[1:]), 1)
+    return max(min(max(_BLOCK_MIN_ROWS, _BLOCK_ELEMENTS // row), _BLOCK_MAX_ELEMENTS // row), 1)
+
+
+class _FoldedRows(RowsBase):
+    """A pass over a folded tensor: reads a tile of the base, folds it block by block where it lies."""
+
+    def __init__(self, tensor: FoldedTensor) -> None:
+        self._tensor = tensor
+        self._shape = dims(tensor)
+        self._step = block_rows(self._shape)
+        self._folding = _Folding(tensor, tensor.compute_dtype)
+        self._exact = np.empty((self._step, *self._shape[1:]) if self._shape else (), tensor.compute_dtype)
+        self._base = open_rows(tensor.base)
+
+    def close(self) -> None:
+        self._base.__exit__(None, None, None)
+
+    def fill(self, lo: int, hi: int, out: Array) -> None:
+        length = self._shape[0] if self._shape else 1
+        first, last = lo // self._step * self._step, min(-(-hi // self._step) * self._step, length)
+        aligned = (first, last) == (lo, hi)
+        target = out if aligned else np.empty((last - first, *self._shape[1:]), out.dtype)
+        base_dtype = self._tensor.base.dtype.numpy()
+        stored = target if base_dtype == out.dtype else np.empty(target.shape, base_dtype)
+        self._base.fill(first, last, stored)
+        with one_blas_thread():
+            for at in range(first, last, self._step):
+                end = min(at + self._step, last)
+                self._block(at, end, _cut(stored, at - first, end - first), _cut(target, at - first, end - first))
+        if not aligned:
+            out[...] = target[lo - first : hi - first]
+
+    def _block(self, lo: int, hi: int, stored: Array, out: Array) -> None:
+        exact = _cut(self._exact, 0, hi - lo)
+        np.copyto(exact, stored, casting="unsafe")
+        self._folding.apply(exact, lo, hi)
+        round_to(exact, self._tensor.dtype, out)
+        self._tensor.check_finite(out, lo, hi)
+
+
+class _Folding:
+    """The bindings of one tensor grouped by site, with their factors converted to the dtype they are computed in."""
+
+    def __init__(
+        self, tensor: FoldedTensor, dtype: np.dtype[np.generic], only: Site | None = None, *, replaces: bool = False
+    ) -> None:
+        """With ``only`` and ``replaces``: nothing but the replacements at that site."""
+        self._tensor = tensor
+        self._shape = dims(tensor)
+        self._groups: list[tuple[Site, list[Delta], list[tuple[Binding, Delta]]]] = []
+        for site in dict.fromkeys(binding.site for binding in tensor.bindings):
+            if only is None or site == only:
+                here = [(b, b.delta.converted(dtype)) for b in tensor.bindings if b.site == site]
+                first = [delta for _, delta in here if delta.replaces]
+                rest = [] if replaces else [(b, delta) for b, delta in here if not delta.replaces]
+                self._groups.append((site, first, rest))
+
+    def apply(self, stored: Array, lo: int, hi: int) -> None:
+        """Change the stored rows ``lo`` to ``hi``, in place."""
+        for site, replacements, changes in self._groups:
+            view, start, stop = _slab(stored, site, self._shape, lo, hi)
+            if start < stop:
+                axis = site.layout.tiled_axis
+                for delta in replacements:
+                    _assign(view, delta.apply_slab(view, axis, start, stop))
+                self._change(view, axis, start, stop, changes)
+
+    def _change(self, view: Array, axis: int, start: int, stop: int, changes: list[tuple[Binding, Delta]]) -> None:
+        if len(changes) == 1 or all(delta.additive for _, delta in changes):
+            for binding, delta in changes:
+                _assign(view, delta.apply_slab(view, axis, start, stop, self._tensor.statistic(binding)))
+            return
+        original = view.copy()
+        for binding, delta in changes:
+            changed = delta.apply_slab(original.copy(), axis, start, stop, self._tensor.statistic(binding))
+            view += changed - original
+
+
+def _slab(stored: Array, site: Site, shape: Sequence[int], lo: int, hi: int) -> tuple[Array, int, int]:
+    """The site's part of the stored rows ``lo:hi`` as a canonical view, and its range on the site's tiled axis."""
+    layout = site.layout
+    if layout.tiled_axis != 0 or layout.whole:
+        return layout.view(stored), lo, hi
+    # A block of the stored rows: the tile may hold some of it, or none.
+    block_stop = shape[layout.perm[0] if layout.perm else 0] if layout.stop is None else layout.stop
+    first, last = max(lo, layout.start), min(hi, block_stop)
+    permuted = stored.transpose(layout.perm) if layout.perm else stored
+    return permuted[max(first - lo, 0) : max(last - lo, 0)], first - layout.start, last - layout.start
+
+
+def _cut(array: Array, lo: int, hi: int) -> Array:
+    return array[lo:hi] if array.ndim else array
 
 
 def _assign(view: Array, value: Array) -> None:

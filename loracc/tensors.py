@@ -17,9 +17,10 @@ import numpy as np
 import onnx_ir as ir
 
 from loracc.dtypes import Array
-from loracc.errors import InputError
+from loracc.errors import UnsupportedError
+from loracc.rows import ArrayRows, FileRows, Rows, RowsBase, TransposedRows
 
-__all__ = ["PermutedTensor", "TiledTensor", "dims", "file_tensor", "read_rows", "tile_rows"]
+__all__ = ["PermutedTensor", "TiledTensor", "dims", "file_tensor", "open_rows", "read_rows", "tile_rows"]
 
 #: Bytes of one tile. Larger ones were measured slower: page faults are the cost.
 TILE_BYTES = 1 << 20
@@ -51,6 +52,20 @@ def tile_rows(shape: Sequence[int], itemsize: int, tile_bytes: int = TILE_BYTES)
     return max(1, tile_bytes // max(itemsize * math.prod(shape[1:]), 1))
 
 
+def lies_in_file(tensor: ir.TensorProtocol) -> bool:
+    """Whether the tensor is bytes of a file, one whole number of bytes per element."""
+    return isinstance(tensor, ir.ExternalTensor) and tensor.dtype.bitwidth >= 8
+
+
+def open_rows(tensor: ir.TensorProtocol) -> Rows:
+    """A pass over a tensor's rows that fills the caller's buffers (see :mod:`loracc.rows`); close it after."""
+    if isinstance(tensor, TiledTensor):
+        return tensor.open_rows()
+    if isinstance(tensor, ir.ExternalTensor) and lies_in_file(tensor):
+        return FileRows(tensor.path, tensor.offset or 0, tensor.name)
+    return ArrayRows(tensor.numpy())
+
+
 def read_rows(tensor: ir.TensorProtocol, lo: int, hi: int) -> Array:
     """Rows ``lo`` to ``hi`` of a tensor in its own dtype, reading no more than they need where it lies in a file.
 
@@ -59,22 +74,14 @@ def read_rows(tensor: ir.TensorProtocol, lo: int, hi: int) -> Array:
     Raises:
         InputError: The file ends before the rows do.
     """
-    if isinstance(tensor, TiledTensor):
-        return tensor.rows(lo, hi)
+    if not isinstance(tensor, TiledTensor) and not lies_in_file(tensor):
+        array: Array = tensor.numpy()
+        return array[lo:hi] if array.ndim else array
     shape = dims(tensor)
-    if isinstance(tensor, ir.ExternalTensor) and tensor.dtype.bitwidth >= 8 and shape:
-        row_bytes = int(tensor.dtype.itemsize) * math.prod(shape[1:])
-        wanted = (hi - lo) * row_bytes
-        with open(tensor.path, "rb", buffering=0) as file:
-            data = os.pread(file.fileno(), wanted, (tensor.offset or 0) + lo * row_bytes)
-        if len(data) != wanted:
-            raise InputError(
-                f"{tensor.path}: the file ends inside tensor {tensor.name!r}.",
-                hint="The file is truncated: fetch it again.",
-            )
-        return np.frombuffer(data, dtype=tensor.dtype.numpy()).reshape(hi - lo, *shape[1:])
-    array: Array = tensor.numpy()
-    return array[lo:hi] if shape else array
+    result = np.empty((hi - lo, *shape[1:]) if shape else (), tensor.dtype.numpy())
+    with open_rows(tensor) as rows:
+        rows.fill(lo, hi, result)
+    return result
 
 
 class TiledTensor(ir.LazyTensor):
@@ -85,11 +92,17 @@ class TiledTensor(ir.LazyTensor):
     """
 
     def __init__(self, dtype: ir.DataType, shape: Sequence[int], name: str | None) -> None:
+        if dtype.bitwidth < 8:
+            raise UnsupportedError(f"tensor {name!r}: rows of {dtype.name} are packed and cannot be computed in tiles.")
         super().__init__(self._whole, dtype, ir.Shape(shape), name=name)
 
     @abc.abstractmethod
     def compute_rows(self, lo: int, hi: int) -> Array:
         """Rows ``lo`` to ``hi`` in the tensor's dtype."""
+
+    def open_rows(self) -> Rows:
+        """A pass over the rows; kinds that can fill a buffer without an array of their own override it."""
+        return _ComputedRows(self)
 
     def rows(self, lo: int, hi: int) -> Array:
         """``compute_rows``, checked."""
@@ -104,24 +117,26 @@ class TiledTensor(ir.LazyTensor):
         return result
 
     def tiles(self, tile_bytes: int = TILE_BYTES) -> Iterator[tuple[int, int, Array]]:
-        """``(lo, hi, rows)`` over the whole tensor, in order."""
+        """``(lo, hi, rows)`` over the whole tensor, in order; each overwrites the one before."""
         shape = dims(self)
         length = shape[0] if shape else 1
-        step = tile_rows(shape, int(self.dtype.itemsize), tile_bytes)
-        for lo in range(0, length, step):
-            hi = min(lo + step, length)
-            yield lo, hi, self.rows(lo, hi)
+        step = min(tile_rows(shape, int(self.dtype.itemsize), tile_bytes), max(length, 1))
+        buffer = np.empty((step, *shape[1:]) if shape else (), self.dtype.numpy())
+        with self.open_rows() as rows:
+            for lo in range(0, length, step):
+                hi = min(lo + step, length)
+                tile = buffer[: hi - lo] if shape else buffer
+                rows.fill(lo, hi, tile)
+                yield lo, hi, tile
 
     def _whole(self) -> ir.TensorProtocol:
         return ir.Tensor(self.numpy(), dtype=self.dtype, name=self.name)
 
     def numpy(self) -> Array:
-        result = np.empty(dims(self), self.dtype.numpy())
-        for lo, hi, rows in self.tiles():
-            if result.ndim:
-                result[lo:hi] = rows
-            else:
-                result[...] = rows
+        shape = dims(self)
+        result = np.empty(shape, self.dtype.numpy())
+        with self.open_rows() as rows:
+            rows.fill(0, shape[0] if shape else 1, result)
         return result
 
     def tobytes(self) -> bytes:
@@ -141,6 +156,22 @@ class PermutedTensor(TiledTensor):
         self.base = base
         self.perm = tuple(perm)
 
+    def open_rows(self) -> Rows:
+        base = self.base
+        if self.perm == (1, 0) and isinstance(base, ir.ExternalTensor) and lies_in_file(base) and base.size:
+            return TransposedRows(base.path, base.offset or 0, dims(base), self.dtype.numpy(), base.name)
+        return ArrayRows(base.numpy().transpose(self.perm))
+
     def compute_rows(self, lo: int, hi: int) -> Array:
         # ExternalTensor.numpy() is a memory map: only the pages under these columns are touched.
         return np.ascontiguousarray(self.base.numpy().transpose(self.perm)[lo:hi])
+
+
+class _ComputedRows(RowsBase):
+    """Rows of a tensor that makes arrays of its own."""
+
+    def __init__(self, tensor: TiledTensor) -> None:
+        self._tensor = tensor
+
+    def fill(self, lo: int, hi: int, out: Array) -> None:
+        out[...] = self._tensor.rows(lo, hi)
