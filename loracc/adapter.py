@@ -8,15 +8,15 @@ fold run in the memory of one tile and in any storage layout.
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import numpy as np
 
 from loracc.dtypes import Array
 
-__all__ = ["Adapter", "Delta", "Entry", "ReadSlab", "slab_index"]
+__all__ = ["Adapter", "Delta", "Entry", "PendingDelta", "ReadSlab", "slab_index"]
 
 #: ``read(lo, hi)`` gives the weight between two indices of the tiled axis, in the compute dtype.
 ReadSlab = Callable[[int, int], Array]
@@ -63,6 +63,16 @@ class Delta(abc.ABC):
             UnsupportedError: The kind has no meaning at a strength other than one.
         """
 
+    def resolve(self, shape: tuple[int, ...]) -> Delta:
+        """This delta for a weight of canonical ``shape``: itself, but for kinds whose formula needs the shape.
+
+        Binding calls it once, when it knows the site, and before it compares shapes.
+
+        Raises:
+            BindingError, UnsupportedError: The tensors cannot belong to a weight of that shape.
+        """
+        return self
+
     def materialize(self, dtype: np.dtype[np.generic]) -> Array:
         """ΔW, whole, in ``dtype``. Only for additive kinds."""
         raise TypeError(f"{self.kind} has no ΔW that is independent of W")
@@ -101,6 +111,40 @@ class Delta(abc.ABC):
         return {name: value for name, value in vars(self).items() if isinstance(value, np.ndarray)}
 
 
+@dataclass(frozen=True, eq=False)
+class PendingDelta(Delta):
+    """A change that can only be built once the shape of the weight it lands on is known; ``resolve`` builds it.
+
+    Attributes:
+        make: Builds the delta from the canonical shape.
+        tensors: What the file holds for it, by role.
+        strength: The user's weight, passed on to what ``make`` builds.
+    """
+
+    kind: ClassVar[str] = "pending"
+    additive: ClassVar[bool] = False
+    make: Callable[[tuple[int, ...]], Delta]
+    tensors: Mapping[str, Array]
+    strength: float = 1.0
+
+    @property
+    def shape(self) -> tuple[int | None, ...]:
+        raise TypeError("a pending delta has no shape before resolve()")
+
+    def scaled(self, weight: float) -> PendingDelta:
+        return replace(self, strength=self.strength * weight)
+
+    def resolve(self, shape: tuple[int, ...]) -> Delta:
+        delta = self.make(shape)
+        return delta if self.strength == 1.0 else delta.scaled(self.strength)
+
+    def apply_slab(self, w: Array, axis: int, lo: int, hi: int, statistic: Array | None = None) -> Array:
+        raise TypeError("a pending delta cannot be applied before resolve()")
+
+    def arrays(self) -> dict[str, Array]:
+        return dict(self.tensors)
+
+
 @dataclass(frozen=True)
 class Entry:
     """One delta of an adapter and the parameter it is for.
@@ -112,6 +156,7 @@ class Entry:
         keys: The keys of the file that were consumed for it.
         fan_in_fan_out: The trainer saw the weight stored as [in, out] (GPT-2's Conv1D); settles square matrices of a
             checkpoint that has no graph. None where the file does not say.
+        optional: The model may lack this parameter (IA3 scales a layer's bias, if it has one): binding then drops the entry.
     """
 
     module: str
@@ -119,6 +164,7 @@ class Entry:
     delta: Delta
     keys: tuple[str, ...]
     fan_in_fan_out: bool | None = None
+    optional: bool = False
 
     @property
     def name(self) -> str:
@@ -152,7 +198,5 @@ class Adapter:
         """The adapter at another strength."""
         if weight == 1.0:
             return self
-        entries = tuple(
-            Entry(e.module, e.parameter, e.delta.scaled(weight), e.keys, e.fan_in_fan_out) for e in self.entries
-        )
+        entries = tuple(replace(entry, delta=entry.delta.scaled(weight)) for entry in self.entries)
         return Adapter(self.name, self.path, self.format, entries, self.notes, self.config, self.digest)
