@@ -119,12 +119,15 @@ def _is_step(node: ir.Node, index: int) -> bool:
         return False
     if node.op_type != "Cast":
         return True
-    target = node.attributes.get_int("to", 0)
+    target = _int(node, "to", 0)
     return target in set(ir.DataType) and is_float(ir.DataType(target))
 
 
 def _permuted(perm: tuple[int, ...], node: ir.Node) -> tuple[int, ...]:
-    order = node.attributes.get_ints("perm", tuple(reversed(range(len(perm)))))
+    attribute = node.attributes.get("perm")
+    if attribute is None:
+        return tuple(reversed(perm))
+    order = attribute.as_ints() if attribute.type == ir.AttributeType.INTS else ()
     if sorted(order) != list(range(len(perm))):
         return perm  # not a valid Transpose of this value; the checker of the graph says so, not the search for sites
     return tuple(perm[axis] for axis in order)
@@ -137,7 +140,7 @@ def role_of(reader: Reader) -> Role:
         return _product_role(reader)
     if node.op_type == "Einsum":
         return _einsum_role(reader)
-    if node.op_type == "Gather" and index == 0 and node.attributes.get_int("axis", 0) == 0 and rank in (2, 3):
+    if node.op_type == "Gather" and index == 0 and _int(node, "axis", 0) == 0 and rank in (2, 3):
         kind = "embedding" if rank == 2 else "experts"
         return Role(kind, "weight", _layout(reader, range(rank)), strong=rank == 2)
     if node.op_type == "Attention" and node.domain == "com.microsoft" and index in (1, 2):
@@ -164,7 +167,7 @@ def _product_role(reader: Reader) -> Role:
     if rank != 2:
         return Role("other", "weight", Layout(), strong=False)
     transpose = _PRODUCTS[node.op_type][index]
-    transposed = bool(transpose and node.attributes.get_int(transpose, 0))
+    transposed = bool(transpose and _int(node, transpose, 0))
     out_first = transposed == (index == 1)
     return Role("linear", "weight", _layout(reader, (0, 1) if out_first else (1, 0)), node, strong=index == 1)
 
@@ -174,7 +177,9 @@ def _einsum_role(reader: Reader) -> Role:
     node, index, rank = reader.node, reader.index, len(reader.perm)
     if rank == 3:
         return Role("experts", "weight", Layout(), strong=False)
-    terms, _, result = str(node.attributes.get_string("equation", "")).replace(" ", "").partition("->")
+    attribute = node.attributes.get("equation")
+    equation = attribute.as_string() if attribute is not None and attribute.type == ir.AttributeType.STRING else ""
+    terms, _, result = equation.replace(" ", "").partition("->")
     letters = terms.split(",")[index] if index < terms.count(",") + 1 else ""
     kept = [axis for axis, letter in enumerate(letters) if letter in result]
     if rank != 2 or len(letters) != 2 or len(kept) != 1 or not result:
@@ -205,6 +210,12 @@ def _product_before(node: ir.Node, index: int) -> ir.Node | None:
         if producer is not None and producer.op_type in (*_PRODUCTS, "Einsum", "Conv", "ConvTranspose"):
             return producer
     return None
+
+
+def _int(node: ir.Node, name: str, default: int) -> int:
+    """An integer attribute; the default where the graph gives it another type, which its checker says."""
+    attribute = node.attributes.get(name)
+    return attribute.as_int() if attribute is not None and attribute.type == ir.AttributeType.INT else default
 
 
 def _layout(reader: Reader, canonical: Iterator[int] | range | tuple[int, ...]) -> Layout:

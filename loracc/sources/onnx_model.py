@@ -16,6 +16,7 @@ from loracc.model import BaseModel, LoadOptions
 from loracc.passes.find_sites import find_sites
 from loracc.sites import SiteTable
 from loracc.sources.onnx_tensors import check_tensors
+from loracc.sources.onnx_wiring import check_wiring
 from loracc.sources.user_inputs import given_inputs
 
 __all__ = ["load_onnx", "read_graph"]
@@ -58,6 +59,7 @@ def read_graph(path: Path) -> ir.Model:
         name = proto.graph.sparse_initializer[0].values.name
         raise UnsupportedError(f"{path}: sparse initializer {name!r}; loracc reads dense weights only.")
     check_tensors(path, proto)
+    check_wiring(path, proto)
     try:
         model = ir.serde.deserialize_model(proto)
     except Exception as error:  # a parser's boundary: onnx_ir wraps whatever a malformed graph trips
@@ -66,7 +68,6 @@ def read_graph(path: Path) -> ir.Model:
             f"{path}: an ONNX file whose graph cannot be read ({reason[0][:200]}).",
             hint="Check it with onnx.checker.check_model, and export it again.",
         ) from error
-    _check_wiring(path, model)
     _name_nodes(model)
     _lift_weights(model)
     return model
@@ -85,21 +86,6 @@ def _parse(path: Path) -> onnx.ModelProto:
     if not proto.graph.node and not proto.graph.output:
         raise InputError(f"{path}: the ONNX graph is empty.", hint="Export the model again.")
     return proto
-
-
-def _check_wiring(path: Path, model: ir.Model) -> None:
-    """Every value that a node reads comes from somewhere: onnx_ir makes a placeholder where it does not."""
-    for node in model.graph.all_nodes():
-        for value in node.inputs:
-            if value is not None and not _has_source(value):
-                raise InputError(
-                    f"{path}: node {node.name!r} ({node.op_type}) reads {value.name!r}, which nothing produces.",
-                    hint="Check the model with onnx.checker.check_model, and export it again.",
-                )
-
-
-def _has_source(value: ir.Value) -> bool:
-    return value.producer() is not None or value.is_graph_input() or value.is_initializer()
 
 
 def _name_nodes(model: ir.Model) -> None:
@@ -123,8 +109,9 @@ def _lift_weights(model: ir.Model) -> None:
     A graph without such weights is left as it is.
     """
     for node in model.graph:
-        if node.op_type == "Constant" and "value" in node.attributes:
-            tensor = node.attributes["value"].as_tensor()
+        attribute = node.attributes.get("value")
+        if node.op_type == "Constant" and attribute is not None and attribute.type == ir.AttributeType.TENSOR:
+            tensor = attribute.as_tensor()
             if is_float(tensor.dtype) and len(tensor.shape) >= 2 and tensor.size >= 16:
                 LiftConstantsToInitializersPass()(model)
                 return
