@@ -24,10 +24,12 @@ import onnx_ir as ir
 
 from loracc.tensors import PermutedTensor, dims
 
-__all__ = ["SCOPES_KEY", "HoistTransposes", "module_scopes", "reader_alias"]
+__all__ = ["SCOPES_KEY", "SECOND", "HoistTransposes", "module_scopes", "reader_alias"]
 
 #: Where torch's exporter keeps the module paths a node was traced in: "['', 'encoder', 'encoder.layer.0', 'linear']".
 SCOPES_KEY = "pkg.torch.onnx.name_scopes"
+#: Suffix of a weight's second, turned initializer when no alias names it.
+SECOND = ".transposed"
 
 
 def module_scopes(node: ir.Node) -> tuple[str, ...]:
@@ -70,7 +72,7 @@ class HoistTransposes(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         modified = False
         for value in tuple(model.graph.initializers.values()):
-            if value.const_value is not None and not value.is_graph_input() and not value.is_graph_output():
+            if _is_weight(value):
                 modified |= self._hoist(model.graph, value)
         return ir.passes.PassResult(model, modified)
 
@@ -103,7 +105,7 @@ class HoistTransposes(ir.passes.InPlacePass):
         alias = reader_alias(reader, self.names_of.get(value.name, ()))
         if alias is not None and alias == value.name:
             self._rename(graph, value, reader)
-        name = _unique(graph, alias if alias is not None else f"{value.name}.transposed")
+        name = _unique(graph, alias if alias is not None else f"{value.name}{SECOND}")
         second = ir.Value(name=name, type=value.type, shape=value.shape, const_value=value.const_value)
         second.metadata_props.update(value.metadata_props)
         _turn(second, perm)
@@ -119,6 +121,12 @@ class HoistTransposes(ir.passes.InPlacePass):
             if alias is not None and alias not in graph.initializers:
                 value.name = alias
                 return
+
+
+def _is_weight(value: ir.Value) -> bool:
+    """Constant, with whole bytes per element: packed ones have no lazy view."""
+    free = not value.is_graph_input() and not value.is_graph_output()
+    return free and value.const_value is not None and value.const_value.dtype.bitwidth >= 8
 
 
 def _permutation(node: ir.Node, value: ir.Value) -> tuple[int, ...] | None:

@@ -140,7 +140,7 @@ def role_of(reader: Reader) -> Role:
         return _product_role(reader)
     if node.op_type == "Einsum":
         return _einsum_role(reader)
-    if node.op_type == "Gather" and index == 0 and _int(node, "axis", 0) == 0 and rank in (2, 3):
+    if index == 0 and rank in (2, 3) and _takes_rows(node):
         kind = "embedding" if rank == 2 else "experts"
         return Role(kind, "weight", _layout(reader, range(rank)), strong=rank == 2)
     if node.op_type == "Attention" and node.domain == "com.microsoft" and index in (1, 2):
@@ -155,6 +155,15 @@ def role_of(reader: Reader) -> Role:
     if rank == 1 and node.op_type == "Mul":
         return Role("norm", "weight", Layout(), strong=False)
     return Role("other", "weight", Layout(), strong=False)
+
+
+def _takes_rows(node: ir.Node) -> bool:
+    """Whether input 0 is looked up by its first axis; torch's exporter writes ``stack[ids]`` as a GatherND."""
+    if node.op_type == "GatherND":
+        indices = node.inputs[1].shape if node.inputs[1] is not None else None
+        last = indices[-1] if indices is not None and len(indices) else None
+        return last == 1 and _int(node, "batch_dims", 0) == 0
+    return node.op_type == "Gather" and _int(node, "axis", 0) == 0
 
 
 def _product_role(reader: Reader) -> Role:

@@ -18,26 +18,33 @@ from loracc.errors import UnsupportedError, require
 from loracc.passes.hoist_transposes import SCOPES_KEY, HoistTransposes, reader_alias
 from loracc.passes.optimize_graph import OptimizeGraph
 from loracc.quiet import quiet
+from loracc.sources.torch_trace import TORCH_LOGGERS, leaf_names, reason_of
+from loracc.tensors import dims
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["EXPORTED_LOGGERS", "name_dimensions", "parameter_names", "tied_groups", "to_ir"]
+__all__ = ["name_dimensions", "parameter_names", "tied_groups", "to_ir"]
 
-#: Loggers that report progress and missing optional packages during an export.
-EXPORTED_LOGGERS = ("torch", "onnxscript", "onnx_ir")
 #: torch's exporter leaves the Transpose of a shared weight above this many elements (onnxscript's folding limit).
 _SHARED_LIMIT = 8192
 #: Node metadata worth keeping: how later tools find the module of a node. The rest holds this machine's paths.
 _KEPT_METADATA = (SCOPES_KEY, "namespace")
 
 
-def to_ir(program: torch.export.ExportedProgram, opset: int | None = None) -> ir.Model:
+def to_ir(
+    program: torch.export.ExportedProgram,
+    opset: int | None = None,
+    lazy: Mapping[str, ir.TensorProtocol] | None = None,
+) -> ir.Model:
     """The program as a graph: parameters are initializers named by their module path, ``Transpose(weight)`` is hoisted.
+
+    Outputs are named by the fields of what ``forward`` returns, where it has fields.
 
     Args:
         program: Any exported program; its tensors may be real, fake or on the meta device.
         opset: ONNX opset; torch's default when None.
+        lazy: Tensors to hold in the place of the program's, by name in its state dict: the same values, in their file.
 
     Raises:
         UnsupportedError: torch has no translation for some operator.
@@ -45,21 +52,60 @@ def to_ir(program: torch.export.ExportedProgram, opset: int | None = None) -> ir
     torch = require("torch", "export a PyTorch model")
     groups = tied_groups(program)
     protected = parameter_names(program)
-    with quiet(*EXPORTED_LOGGERS):
+    with quiet(*TORCH_LOGGERS):
         try:
             exported = torch.onnx.export(program, dynamo=True, optimize=False, verbose=False, opset_version=opset)
         except torch.onnx.errors.OnnxExporterError as error:
             raise UnsupportedError(
-                f"torch {torch.__version__} cannot write this model as ONNX: {_reason(error)}",
+                f"torch {torch.__version__} cannot write this model as ONNX: {reason_of(error)}",
                 hint="Try another --opset, or export the model to ONNX yourself and give that file.",
             ) from error
         model: ir.Model = exported.model
+        _attach(model.graph, lazy or {})
         InlinePass()(model)
         name_tied(model.graph, groups)
         HoistTransposes(groups, _SHARED_LIMIT)(model)
         OptimizeGraph(protected)(model)
     strip_metadata(model)
+    _name_outputs(model.graph, program)
     return model
+
+
+def _attach(graph: ir.Graph, lazy: Mapping[str, ir.TensorProtocol]) -> None:
+    for name, tensor in lazy.items():
+        if name in graph.initializers:
+            value = graph.initializers[name]
+            assert value.const_value is not None
+            if tensor.dtype != value.const_value.dtype or dims(tensor) != dims(value.const_value):
+                raise AssertionError(f"{name}: {tensor} attached in the place of {value.const_value}")
+            value.const_value = tensor
+
+
+def _name_outputs(graph: ir.Graph, program: torch.export.ExportedProgram) -> None:
+    """Constants among the outputs (a None) are no outputs of the graph."""
+    from torch.export.graph_signature import ConstantArgument, OutputKind
+    from torch.utils import _pytree
+
+    spec = program.call_spec.out_spec
+    if spec is None:
+        return
+    names = leaf_names(_pytree.tree_unflatten(list(range(spec.num_leaves)), spec))
+    specs = [s for s in program.graph_signature.output_specs if s.kind == OutputKind.USER_OUTPUT]
+    kept = [name for name, s in zip(names, specs, strict=True) if not isinstance(s.arg, ConstantArgument)]
+    if len(kept) == len(graph.outputs):
+        for value, name in zip(graph.outputs, kept, strict=True):
+            _name_output(graph, value, name)
+
+
+def _name_output(graph: ir.Graph, value: ir.Value, name: str) -> None:
+    taken = {v.name for v in (*graph.inputs, *graph.initializers.values())}
+    if not name or name in taken or value.is_graph_input() or value.is_initializer():
+        return
+    for node in graph.all_nodes():
+        for output in node.outputs:
+            if output.name == name and output is not value:
+                output.name = f"{name}.inner"
+    value.name = name
 
 
 def parameter_names(program: torch.export.ExportedProgram) -> frozenset[str]:
@@ -144,10 +190,3 @@ def _rename_symbols(model: ir.Model, renamed: Mapping[str, str]) -> None:
                 for d in value.shape.dims
             ]
         )
-
-
-def _reason(error: BaseException) -> str:
-    """The innermost cause's first line: torch wraps the one useful sentence in a page of advice."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -12,7 +12,8 @@ import torch
 
 from loracc.errors import UnsupportedError
 from loracc.quiet import quiet
-from loracc.sources.torch_export import EXPORTED_LOGGERS, name_dimensions, tied_groups, to_ir
+from loracc.sources.torch_export import name_dimensions, tied_groups, to_ir
+from loracc.sources.torch_trace import TORCH_LOGGERS
 from loracc.tensors import dims
 from tests.models import build
 
@@ -25,7 +26,7 @@ def exported(module: torch.nn.Module, *args: torch.Tensor, axes: int = 1, **kwar
         if kwargs
         else tuple(dict.fromkeys(range(axes), AUTO) for _ in args)
     )
-    with torch.no_grad(), quiet(*EXPORTED_LOGGERS):
+    with torch.no_grad(), quiet(*TORCH_LOGGERS):
         return torch.export.export(module.eval(), args, kwargs, dynamic_shapes=dynamic, strict=False)
 
 
@@ -43,7 +44,7 @@ def counts(model: ir.Model) -> Mapping[str, int]:
 
 
 def default_export(program: Any, opset: int | None = None) -> ir.Model:
-    with quiet(*EXPORTED_LOGGERS):
+    with quiet(*TORCH_LOGGERS):
         result = torch.onnx.export(program, dynamo=True, verbose=False, opset_version=opset)
     assert result is not None
     return result.model
