@@ -156,7 +156,7 @@ class Entry:
         keys: The keys of the file that were consumed for it.
         fan_in_fan_out: The trainer saw the weight stored as [in, out] (GPT-2's Conv1D); settles square matrices of a
             checkpoint that has no graph. None where the file does not say.
-        optional: The model may lack this parameter (IA3 scales a layer's bias, if it has one): binding then drops the entry.
+        optional: The model may lack this parameter (IA3 scales a bias where there is one): binding then drops the entry.
     """
 
     module: str
