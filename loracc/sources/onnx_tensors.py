@@ -108,7 +108,7 @@ def _check_inline(tensor: onnx.TensorProto, dtype: ir.DataType, count: int) -> N
     else:
         field, entries = _TYPED.get(dtype, ("int32_data", 1))
         got, expected, unit = len(getattr(tensor, field)), entries * count, f"entries of {field}"
-        if dtype.bitwidth < 8:  # packed, one byte an entry
+        if dtype != ir.DataType.STRING and dtype.bitwidth < 8:  # packed, one byte an entry
             expected = _nbytes(dtype, count)
     if got != expected:
         raise InputError(

@@ -39,8 +39,6 @@ def sniff(path: str | os.PathLike[str]) -> str:
     except OSError as error:
         what = "no such file or folder" if isinstance(error, FileNotFoundError) else error.strerror or str(error)
         raise InputError(f"{target}: {what}.", hint="Check the model's path.") from error
-    except ValueError as error:  # a null byte in the path
-        raise InputError(f"{str(target)!r} is not a path: {error}.") from error
 
 
 def _sniff_file(path: Path) -> str:
