@@ -5,22 +5,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loracc.errors import BindingError, CheckFailed, InputError
-from loracc.folded import Binding
+from loracc.errors import CheckFailed, InputError
 
 if TYPE_CHECKING:
     from loracc.adapter import Adapter
+    from loracc.formats import AdapterSpec
+    from loracc.job import Job
     from loracc.model import BaseModel
     from loracc.passes.bind_adapter import BindResult
     from loracc.progress import Progress
     from loracc.verdict import Verification
 
 __all__ = ["FoldResult", "bench", "fold", "verify"]
+
+Path_ = str | Path
 
 
 @dataclass
@@ -29,7 +32,7 @@ class FoldResult:
 
     Attributes:
         output: The destination.
-        files: Every file written, relative to the destination's folder, in order.
+        files: Names of the files written, beside the destination, in the order in which they were moved into place.
         sites: One row per delta folded: name, kind, rank, scale, relative_norm, survived, adapter, way.
         unmatched: Adapter keys that fit nowhere (only with ``allow_unmatched``).
         verification: The verdict on what was written; None with ``verify=False``.
@@ -61,3 +64,238 @@ class FoldResult:
         if self.dry_run:
             result["dry_run"] = True
         return result
+
+
+def fold(
+    model: Path_,
+    adapters: Sequence[Path_] = (),
+    output: Path_ = "",
+    *,
+    alpha: float | None = None,
+    scale: float | None = None,
+    maps: Sequence[str] = (),
+    base: Path_ | None = None,
+    allow_unmatched: bool = False,
+    residual_base: bool = False,
+    dtype: str | None = None,
+    external: str = "auto",
+    verify: bool = True,
+    reports: Sequence[Path_] = (),
+    dry_run: bool = False,
+    force: bool = False,
+    progress: Progress | None = None,
+    **load: Any,
+) -> FoldResult:
+    """Fold adapters into a model's weights and write the result.
+
+    Args:
+        model: A model file or folder; its kind is told from its bytes.
+        adapters: Files or folders, each optionally ``NAME=PATH`` and ``PATH@WEIGHT``; they add up in this order.
+        output: ``.onnx``, ``.pt2``, ``.safetensors`` or a folder; decides what is written.
+        alpha, scale: For adapter files that do not say theirs.
+        maps: ``OLD=NEW`` renamings of the adapter's modules.
+        base: The original checkpoint, for binding by content.
+        allow_unmatched: Report adapter keys that fit nowhere instead of refusing.
+        residual_base: ``model`` is the residual base of a PiSSA-family adapter.
+        dtype: "fp32", "fp16" or "bf16": dtype of the weights written; the model's own when None.
+        external: Where an ``.onnx`` keeps its weights: "auto", "inline" or "data".
+        verify: Prove the result before it is moved into place.
+        reports: ``.json`` files to write the result to.
+        dry_run: Plan only.
+        force: Replace the output if it exists.
+        progress: Told what is going on; None is silent.
+        load: Fields of :class:`loracc.model.LoadOptions`.
+
+    Raises:
+        LoraccError: The input or the call is wrong (exit code 2 of the command line).
+        CheckFailed: What was written is not what was asked for; nothing was moved into place (exit code 1).
+    """
+    from loracc.formats import parse_adapter_spec
+    from loracc.job import Job
+    from loracc.lower import lower, stamp_provenance
+    from loracc.report import write_report
+
+    job = Job.of(output, dtype, external, progress)
+    specs = [parse_adapter_spec(str(adapter)) for adapter in adapters]
+    inputs = [Path(model), *(Path(spec.path) for spec in specs)]
+    job.check(inputs, force=force or dry_run)
+    loaded = _load(model, load, graph=job.target.needs_graph)
+    read = _read_adapters(specs, alpha, scale, residual_base, bool(load.get("allow_pickle")))
+    bound = _bind(loaded, read, maps, allow_unmatched)
+    lowered = lower(loaded, job.dtype)
+    if loaded.traced:
+        stamp_provenance(lowered.ir, read, bound.bindings)
+    if dry_run:
+        plan = job.plan(lowered, job.output)
+        files = [path.name for path in (*plan.small, *(file.path for file in plan.weights))]
+        return _result(job, loaded, lowered, bound, None, files, plan.nbytes, dry_run=True)
+    with job.staging(inputs, force=force) as stage:
+        plan = job.plan(lowered, stage.path)
+        stage.expected_bytes = plan.nbytes
+        plan.write(job.progress)
+        verification = _verify_staged(loaded, stage.path, bound, job) if verify else None
+    result = _result(job, loaded, lowered, bound, verification, stage.files, plan.nbytes)
+    for path in reports:
+        write_report(result.to_json(), path)
+    return result
+
+
+def verify(
+    base: Path_,
+    output: Path_,
+    adapters: Sequence[Path_] = (),
+    *,
+    alpha: float | None = None,
+    scale: float | None = None,
+    maps: Sequence[str] = (),
+    allow_unmatched: bool = False,
+    residual_base: bool = False,
+    latency: bool = False,
+    margin: float = 0.02,
+    seed: int = 0,
+    reports: Sequence[Path_] = (),
+    junit: Path_ | None = None,
+    progress: Progress | None = None,
+    **load: Any,
+) -> Verification:
+    """Prove that ``output`` is ``base`` with the adapters folded in.
+
+    Args:
+        base: The original model.
+        output: What was made of it.
+        adapters: As given to :func:`fold`.
+        latency: Also compare latency with the base.
+        margin: Latency ratios inside 1 ± margin count as equal.
+        seed: Of the sampled inputs.
+        reports: ``.json`` files to write the verdicts to.
+        junit: File to write the verdicts to as JUnit XML.
+
+    Raises:
+        LoraccError: The input or the call is wrong. A check that says no raises nothing: see ``verdict``.
+    """
+    from loracc.formats import parse_adapter_spec
+    from loracc.report import write_junit, write_report
+    from loracc.targets import target_for
+    from loracc.verify import VerifyOptions
+    from loracc.verify import verify as judge
+
+    graph = target_for(output).needs_graph
+    loaded = _load(base, load, graph=graph)
+    made = _load(output, {}, graph=graph)
+    specs = [parse_adapter_spec(str(adapter)) for adapter in adapters]
+    read = _read_adapters(specs, alpha, scale, residual_base, bool(load.get("allow_pickle")))
+    bound = _bind(loaded, read, maps, allow_unmatched)
+    result = judge(loaded, made, bound.bindings, VerifyOptions(latency=latency, margin=margin, seed=seed))
+    for path in reports:
+        write_report(result.to_json(), path)
+    if junit is not None:
+        write_junit(result.to_json(), junit)
+    return result
+
+
+def bench(
+    models: Sequence[Path_],
+    *,
+    inputs_file: Path_ | None = None,
+    batch: int = 1,
+    sequence: int = 128,
+    threads: int = 2,
+    seconds: float = 20.0,
+    margin: float = 0.02,
+) -> list[dict[str, Any]]:
+    """Latency of each model against the first, in interleaved pairs.
+
+    Args:
+        models: ``.onnx`` files that take the same inputs.
+        inputs_file: ``.npz`` of inputs by name; seeded random ones when None.
+        batch, sequence: Sizes of the dynamic axes.
+        threads: Threads inside one operator.
+        seconds: Time to spend per pair.
+        margin: Ratios inside 1 ± margin count as equal.
+
+    Returns:
+        A row a model: model, median_ms, ratio, interval, noise_floor, margin, verdict.
+    """
+    from loracc.verify_latency import bench_models
+
+    return bench_models(
+        [Path(model) for model in models],
+        inputs_file=inputs_file,
+        batch=batch,
+        sequence=sequence,
+        threads=threads,
+        seconds=seconds,
+        margin=margin,
+    )
+
+
+def _load(path: Path_, load: dict[str, Any], *, graph: bool) -> BaseModel:
+    from loracc.model import LoadOptions
+    from loracc.sources import load_model
+
+    return load_model(path, LoadOptions(**{**load, "graph": graph}))
+
+
+def _read_adapters(
+    specs: Sequence[AdapterSpec], alpha: float | None, scale: float | None, residual_base: bool, allow_pickle: bool
+) -> list[Adapter]:
+    from loracc.formats import load_adapter
+
+    return [
+        load_adapter(
+            spec.path, name=spec.name, alpha=alpha, scale=scale, allow_pickle=allow_pickle, residual_base=residual_base
+        ).scaled(spec.weight)
+        for spec in specs
+    ]
+
+
+def _bind(model: BaseModel, adapters: Sequence[Adapter], maps: Sequence[str], allow_unmatched: bool) -> BindResult:
+    from loracc.passes.bind_adapter import bind
+
+    if not adapters:
+        raise InputError(
+            "no adapter was given.", hint="Name one or more after the model: loracc fold MODEL ADAPTER -o OUT"
+        )
+    return bind(model, adapters, maps=maps, allow_unmatched=allow_unmatched)
+
+
+def _verify_staged(base: BaseModel, path: Path, bound: BindResult, job: Job) -> Verification:
+    """Judge what was written, where it was written; raise when a check says no."""
+    from loracc.verify import VerifyOptions
+    from loracc.verify import verify as judge
+
+    made = _load(path, {}, graph=job.target.needs_graph)
+    result = judge(base, made, bound.bindings, VerifyOptions(dtype=job.dtype))
+    if result.verdict == "fail":
+        raise CheckFailed(
+            f"{job.output}: the result did not pass its verification, and was not written.\n{result.summary()}",
+            hint="This is a bug of loracc's unless the model or the adapter is at its numeric limits; "
+            "--no-verify writes the output all the same.",
+        )
+    return result
+
+
+def _result(
+    job: Job,
+    loaded: BaseModel,
+    lowered: BaseModel,
+    bound: BindResult,
+    verification: Verification | None,
+    files: list[str],
+    nbytes: int,
+    *,
+    dry_run: bool = False,
+) -> FoldResult:
+    from loracc.facts import site_facts
+    from loracc.lower import folded_tensors
+
+    return FoldResult(
+        output=str(job.output),
+        files=files,
+        sites=[facts.to_json() for facts in site_facts(folded_tensors(lowered.ir))],
+        unmatched=list(bound.unmatched),
+        verification=verification,
+        notes=[*loaded.notes, *bound.notes],
+        dry_run=dry_run,
+        bytes=nbytes,
+    )

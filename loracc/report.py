@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from xml.etree import ElementTree
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from loracc.errors import InputError
+
 if TYPE_CHECKING:
     from loracc.pipeline import FoldResult
     from loracc.verdict import Verification
 
-__all__ = ["print_bench", "print_fold", "print_inspection", "print_verification"]
+__all__ = ["print_bench", "print_fold", "print_inspection", "print_verification", "write_junit", "write_report"]
 
 _STYLE = {"pass": "green", "fail": "bold red", "inconclusive": "yellow", "skipped": "dim"}
 #: Rows of a long site table that are shown; --json has them all.
@@ -125,3 +130,46 @@ def print_inspection(found: dict[str, Any], console: Console, *, sites: bool = F
         console.print(listing)
         if not sites and len(rows) > _SHOWN:
             console.print(Text(f"... and {len(rows) - _SHOWN} more (--sites or --json lists all)"))
+
+
+def write_report(body: dict[str, Any], path: str | Path) -> None:
+    """Write a result as JSON.
+
+    Raises:
+        InputError: The ending is none that loracc writes, or the file cannot be written.
+    """
+    path = Path(path)
+    if path.suffix.lower() != ".json":
+        raise InputError(f"{path}: reports are written as .json.", hint="Name it REPORT.json.")
+    _write(path, json.dumps(body, indent=2) + "\n")
+
+
+def write_junit(body: dict[str, Any], path: str | Path) -> None:
+    """Write a verification as JUnit XML: one test case a check.
+
+    Raises:
+        InputError: The file cannot be written.
+    """
+    checks = {name: body[name] for name in ("numbers", "structure", "latency") if name in body}
+    counts = {
+        "tests": len(checks),
+        "failures": sum(check["verdict"] in ("fail", "inconclusive") for check in checks.values()),
+        "skipped": sum(check["verdict"] == "skipped" for check in checks.values()),
+    }
+    suite = ElementTree.Element("testsuite", name="loracc", **{key: str(value) for key, value in counts.items()})
+    for name, check in checks.items():
+        case = ElementTree.SubElement(suite, "testcase", classname="loracc.verify", name=name)
+        if check["verdict"] in ("fail", "inconclusive"):
+            ElementTree.SubElement(case, "failure", message=_evidence(name, check), type=check["verdict"])
+        elif check["verdict"] == "skipped":
+            ElementTree.SubElement(case, "skipped", message=_evidence(name, check))
+        ElementTree.SubElement(case, "system-out").text = json.dumps(check, indent=2)
+    ElementTree.indent(suite)
+    _write(Path(path), ElementTree.tostring(suite, encoding="unicode", xml_declaration=True) + "\n")
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written: {error.strerror or error}.") from error

@@ -23,6 +23,7 @@ LAYERS = (
     ("targets.*",),
     ("runners", "verdict", "sample_inputs", "verify.*"),
     ("report.*", "inspection"),
+    ("lower", "job"),
     ("pipeline", "runtime.*"),
     ("commands.*",),
     ("cli",),

@@ -1,0 +1,64 @@
+"""From a loaded model with bound deltas to the model that a target writes; the loaded one stays as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import onnx_ir as ir
+
+from loracc import __version__
+from loracc.adapter import Adapter
+from loracc.folded import Binding, FoldedTensor
+from loracc.model import BaseModel
+from loracc.passes.fold import FoldPass
+from loracc.passes.retype import RetypePass, recast
+from loracc.passes.unshare import UnsharePass
+from loracc.sites import write_records
+from loracc.targets.onnx_file import stamp
+
+__all__ = ["folded_tensors", "lower", "stamp_provenance"]
+
+_FLOATS = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.FLOAT, ir.DataType.DOUBLE)
+
+
+def lower(model: BaseModel, dtype: ir.DataType | None = None) -> BaseModel:
+    """Fold the annotated deltas: un-share, fold, change the dtype when asked, record the sites.
+
+    Args:
+        model: Its graph is annotated with bindings (:func:`loracc.folded.annotate`).
+        dtype: What floating-point weights are written in; None keeps each as it is.
+
+    Returns:
+        A copy whose bound initializers are :class:`FoldedTensor`; nothing has been computed yet.
+    """
+    graph = model.ir.clone()
+    UnsharePass()(graph)
+    FoldPass()(graph)
+    if dtype is not None:
+        _change_dtype(graph, dtype, traced=model.traced)
+    if model.traced:
+        write_records(graph, [site for site in model.sites if site.module])
+    return replace(model, ir=graph)
+
+
+def _change_dtype(graph: ir.Model, dtype: ir.DataType, *, traced: bool) -> None:
+    if traced:
+        RetypePass(dtype, sources=_FLOATS)(graph)
+        return
+    for value in graph.graph.initializers.values():
+        tensor = value.const_value
+        if tensor is not None and tensor.dtype in _FLOATS and tensor.dtype != dtype:
+            value.const_value = recast(tensor, dtype)
+
+
+def folded_tensors(model: ir.Model) -> list[FoldedTensor]:
+    """The initializers that deltas were folded into, in order."""
+    found = (value.const_value for value in model.graph.initializers.values())
+    return [tensor for tensor in found if isinstance(tensor, FoldedTensor) and tensor.bindings]
+
+
+def stamp_provenance(model: ir.Model, adapters: Sequence[Adapter], bindings: Sequence[Binding]) -> None:
+    """Record in the graph what it was made from; the same for the same inputs."""
+    described = [f"{adapter.name} {adapter.format} sha256:{adapter.digest}" for adapter in adapters]
+    stamp(model, {"version": __version__, "adapters": "; ".join(described), "folded": str(len(bindings))})
