@@ -96,6 +96,10 @@ class TiledTensor(ir.LazyTensor):
             raise UnsupportedError(f"tensor {name!r}: rows of {dtype.name} are packed and cannot be computed in tiles.")
         super().__init__(self._whole, dtype, ir.Shape(shape), name=name)
 
+    def __repr__(self) -> str:
+        # LazyTensor's own shows its function, which is a method of this tensor: it would never end.
+        return f"{type(self).__name__}<{self.dtype},{self.shape}>(name={self.name!r})"
+
     @abc.abstractmethod
     def compute_rows(self, lo: int, hi: int) -> Array:
         """Rows ``lo`` to ``hi`` in the tensor's dtype."""

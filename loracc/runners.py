@@ -1,0 +1,168 @@
+"""Running a model: inputs by name to outputs by name, behind one small protocol.
+
+Judging is elsewhere (``verify_*``): a runner neither compares nor has tolerances.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+
+from loracc.dtypes import Array
+from loracc.errors import InputError, require
+
+__all__ = ["OnnxRunner", "RunError", "Runner", "onnxruntime"]
+
+#: Weights up to this many bytes stay in the model's own bytes: shapes and axes must be readable when it is loaded.
+_INLINE_BYTES = 1 << 10
+_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+_QUIET = 3  # errors only
+
+
+class RunError(InputError):
+    """The runtime refused the model or the inputs."""
+
+
+class Runner(Protocol):
+    """Something that computes a model's outputs."""
+
+    #: What it is, for reports: "onnxruntime 1.32 cpu".
+    name: str
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """All outputs, by name, for inputs by name.
+
+        Raises:
+            RunError: The runtime refused the inputs.
+        """
+
+
+def onnxruntime() -> Any:
+    """The onnxruntime module, told to be silent.
+
+    Raises:
+        MissingExtraError: It is not installed.
+    """
+    module: Any = require("onnxruntime", "run ONNX models")
+    module.set_default_logger_severity(_QUIET)
+    return module
+
+
+class OnnxRunner:
+    """ONNX Runtime on a file, or on a graph whose weights stay lazy until they are handed over.
+
+    Args:
+        model: A path, or a graph. A graph is not changed. Its large weights are computed one by one and given to the
+            session as they are, so that nothing is written to disk and nothing lies in memory twice.
+        provider: "cpu" or "cuda".
+        threads: Threads inside one operator; 0 is the runtime's own choice.
+        optimize: Whether the runtime may rewrite the graph.
+
+    Raises:
+        MissingExtraError: onnxruntime is not installed.
+        RunError: The runtime does not load the model.
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str] | ir.Model,
+        *,
+        provider: str = "cpu",
+        threads: int = 0,
+        optimize: bool = True,
+    ) -> None:
+        ort = onnxruntime()
+        self.name = f"onnxruntime {ort.__version__} {provider}"
+        if _PROVIDERS[provider] not in ort.get_available_providers():
+            raise RunError(
+                f"onnxruntime {ort.__version__} here has no {provider} provider.",
+                hint="Run: pip install 'loracc[gpu]' in place of loracc[cpu]" if provider == "cuda" else None,
+            )
+        options = session_options(threads=threads, optimize=optimize)
+        self._held: list[Any] = []  # the session does not own what it was given
+        source: Any = str(model)
+        if isinstance(model, ir.Model):
+            source = self._hand_over(model, options)
+        try:
+            self._session = ort.InferenceSession(source, options, providers=[_PROVIDERS[provider]])
+        except Exception as error:  # onnxruntime's exceptions have no common base of their own
+            raise RunError(f"onnxruntime {ort.__version__} does not load the model: {_first_line(error)}") from error
+        self.inputs = [value.name for value in self._session.get_inputs()]
+        self.outputs = [value.name for value in self._session.get_outputs()]
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        ort = onnxruntime()
+        missing = [name for name in self.inputs if name not in inputs]
+        if missing:
+            raise RunError(f"no value for the model's inputs {', '.join(missing)}.", hint="Give them with --inputs.")
+        feeds = {name: _ort_value(ort, inputs[name]) for name in self.inputs}
+        try:
+            results = self._session.run_with_ort_values(self.outputs, feeds)
+        except Exception as error:  # as above
+            raise RunError(f"onnxruntime {ort.__version__} does not run the model: {_first_line(error)}") from error
+        return {name: _array(value) for name, value in zip(self.outputs, results, strict=True)}
+
+    def _hand_over(self, model: ir.Model, options: Any) -> bytes:
+        """The graph's bytes without its large weights, which go into the options."""
+        ort = onnxruntime()
+        names: list[str] = []
+        kept: list[tuple[ir.Value, ir.TensorProtocol]] = []
+        try:
+            for name, value in model.graph.initializers.items():
+                tensor = value.const_value
+                if tensor is None or tensor.nbytes <= _INLINE_BYTES or tensor.dtype.bitwidth < 8:
+                    continue
+                array = np.ascontiguousarray(tensor.numpy())
+                self._held.append(_ort_value(ort, array))
+                names.append(name)
+                kept.append((value, tensor))
+                value.const_value = ir.ExternalTensor(
+                    "given", 0, int(tensor.nbytes), tensor.dtype, shape=ir.Shape(tensor.shape), name=name
+                )
+            data = ir.to_proto(model).SerializeToString()
+        finally:
+            for value, tensor in kept:
+                value.const_value = tensor
+        if names:
+            options.add_external_initializers(names, self._held)
+        return bytes(data)
+
+
+def session_options(*, threads: int = 0, optimize: bool = True) -> Any:
+    """Silent, deterministic in the number of threads, with or without the runtime's own optimizer."""
+    ort = onnxruntime()
+    options = ort.SessionOptions()
+    options.log_severity_level = _QUIET
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    if not optimize:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    return options
+
+
+def _ort_value(ort: Any, array: Array) -> Any:
+    """numpy has no bfloat16: its bits travel as uint16 under their own type."""
+    array = np.ascontiguousarray(array) if array.ndim else array
+    if array.dtype == ml_dtypes.bfloat16:
+        return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array.view(np.uint16), int(ir.DataType.BFLOAT16))
+    return ort.OrtValue.ortvalue_from_numpy(array)
+
+
+def _array(value: Any) -> Array:
+    if value.element_type() == int(ir.DataType.BFLOAT16):
+        import ctypes
+
+        shape = tuple(value.shape())
+        count = int(np.prod(shape, dtype=np.int64))
+        buffer = (ctypes.c_uint16 * count).from_address(value.data_ptr())
+        return np.frombuffer(buffer, dtype=ml_dtypes.bfloat16).reshape(shape).copy()
+    return np.asarray(value.numpy())
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
