@@ -8,7 +8,7 @@ from pathlib import Path
 import onnx
 import onnx_ir as ir
 from google.protobuf.message import DecodeError
-from onnx_ir.passes.common import LiftConstantsToInitializersPass
+from onnx_ir.passes.common import LiftConstantsToInitializersPass, RemoveInitializersFromInputsPass
 
 from loracc.dtypes import is_float
 from loracc.errors import InputError, UnsupportedError
@@ -70,6 +70,7 @@ def read_graph(path: Path) -> ir.Model:
         ) from error
     _name_nodes(model)
     _lift_weights(model)
+    _separate_weights(model)
     return model
 
 
@@ -115,3 +116,10 @@ def _lift_weights(model: ir.Model) -> None:
             if is_float(tensor.dtype) and len(tensor.shape) >= 2 and tensor.size >= 16:
                 LiftConstantsToInitializersPass()(model)
                 return
+
+
+def _separate_weights(model: ir.Model) -> None:
+    """Before IR version 4 every initializer had to be listed as an input too, and was no less a constant for it."""
+    if model.ir_version < 4:
+        RemoveInitializersFromInputsPass()(model)
+        model.ir_version = 4

@@ -51,6 +51,8 @@ def _sniff_file(path: Path) -> str:
         start = file.read(512)
         if not size:
             raise InputError(f"{path}: the file is empty.", hint="Fetch or export the model again.")
+        if path.name in ("adapter_model.bin", "adapter_config.json"):
+            raise _adapter(path)
         if start.startswith(b"PK"):
             return sniff_zip(path)
         if start.startswith(_TORCH_LEGACY):
@@ -63,8 +65,6 @@ def _sniff_file(path: Path) -> str:
             return "onnx"
     if is_index(path):
         return "checkpoint"
-    if path.name == "adapter_config.json":
-        raise _adapter(path)
     raise InputError(f"{path}: not a model of a known kind (it begins with {start[:8].hex(' ')}).", hint=_TAKEN)
 
 

@@ -90,6 +90,15 @@ def test_an_overridable_weight_keeps_being_an_input(tmp_path: Path) -> None:
     assert [site.initializer for site in model.sites] == ["w"]
 
 
+def test_weights_of_old_files_are_no_inputs(tmp_path: Path) -> None:
+    """IR version 3 lists every initializer among the inputs and means nothing by it."""
+    proto = linear_model(numpy_helper.from_array(np.ones((4, 3), np.float32), "w"), inputs=("w",))
+    proto.ir_version = 3
+    model = load_model(save(tmp_path / "m.onnx", proto))
+    assert [value.name for value in model.ir.graph.inputs] == ["x"]
+    assert not model.ir.graph.initializers["w"].is_graph_input()
+
+
 def test_constant_weights_are_lifted_and_small_constants_left(tmp_path: Path) -> None:
     def constant(name: str, array: np.ndarray) -> onnx.NodeProto:
         return helper.make_node("Constant", [], [name], name=f"c_{name}", value=numpy_helper.from_array(array))

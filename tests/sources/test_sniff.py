@@ -102,6 +102,13 @@ def test_adapters_are_sent_to_their_place(tmp_path: Path, keys: list[str]) -> No
     assert "fold MODEL ADAPTER" in caught.value.hint
 
 
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.bin"])
+def test_files_of_an_adapter_folder_are_sent_to_their_place(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"{}")
+    with pytest.raises(InputError, match="this is an adapter"):
+        sniff(tmp_path / name)
+
+
 def test_every_kind_has_a_front_end() -> None:
     kinds = {"onnx", "exported_program", "torchscript", "pickle", "huggingface", "checkpoint"}
     assert {kind for kind, _ in FRONT_ENDS} == kinds
