@@ -30,13 +30,7 @@ def tucker(core: Array, out_factor: Array, in_factor: Array) -> Array:
 
 
 def kronecker(w1: Array, w2: Array, scale: float) -> Array:
-    """s·W₁ ⊗ W₂ (LyCORIS "LoKr", Yeh et al. 2024, section 3.2).
-
-    ``w1`` is ``[a, c]``. A 4-dimensional ``w2`` of ``[b, d, *k]`` is a kernel: W₁ acts on its first two axes. With any
-    other number of axes W₁ is aligned to the last ones, as ``torch.kron`` does (which PEFT relies on in Conv1d).
-    """
-    if w2.ndim == 4:
-        w1 = w1[:, :, None, None]
+    """s·W₁ ⊗ W₂ (LyCORIS "LoKr", Yeh et al. 2024, section 3.2); where one has fewer axes, its last ones are aligned."""
     return np.kron(w1 * w1.dtype.type(scale), w2)
 
 

@@ -1,8 +1,8 @@
-"""What the kinds share: a factor on a whole ΔW, and changes that work row by row.
+"""What the kinds share: a factor on a whole ΔW, and changes that work slice by slice.
 
-``Scaled`` is for additive kinds that form ΔW whole from small factors. ``RowLocal`` is for changes in which row i of W'
-depends on row i of W only (rotations of the input, scalings): they fold tile by tile when the weight is tiled by rows,
-and over the whole weight when it is stored transposed.
+``Scaled`` is for additive kinds that form ΔW whole from small factors. ``SlabLocal`` is for changes in which a slice of
+W' along one axis depends on the same slice of W only (rows, for a rotation of the input; columns, for one of the
+output): they fold tile by tile when the weight is tiled along that axis, and over the whole weight when it is not.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from loracc.adapter import Delta, ReadSlab, slab_index
 from loracc.dtypes import Array
 from loracc.errors import UnsupportedError
 
-__all__ = ["RowLocal", "Scaled", "no_strength", "read_whole"]
+__all__ = ["Scaled", "SlabLocal", "no_strength", "read_whole"]
 
 
 def no_strength(kind: str, weight: float) -> UnsupportedError:
@@ -50,29 +50,31 @@ class Scaled(Delta):
         return replace(self, s=self.s * weight)
 
 
-class RowLocal(Delta):
-    """W'[i] = f(W[i]) row by row, along the first canonical axis."""
+class SlabLocal(Delta):
+    """A change that treats the weight's slices along the axis ``tiles`` one by one (see the module's docstring)."""
 
     additive: ClassVar[bool] = False
+    #: The canonical axis whose slices are independent: 0 for what acts on inputs, 1 for what acts on outputs.
+    tiles: ClassVar[int] = 0
 
     @abc.abstractmethod
     def transform(self, w: Array, lo: int, hi: int) -> Array:
-        """Rows ``lo`` to ``hi`` of W', from those rows of W in the compute dtype; ``w`` may be changed."""
+        """W' between ``lo`` and ``hi`` of the axis ``tiles``; ``w`` is that slab of W and may be changed."""
 
     def scaled(self, weight: float) -> Delta:
         raise no_strength(self.kind, weight)
 
     def prepare(self, read: ReadSlab, axis: int, length: int, step: int) -> Array | None:
-        """W' whole when the weight is tiled across its rows, else nothing."""
-        if axis == 0:
+        """W' whole when the weight is tiled along another axis, else nothing."""
+        if axis == self.tiles:
             return None
         whole = read_whole(read, axis, length, step)
-        return self.transform(whole, 0, whole.shape[0])
+        return self.transform(whole, 0, whole.shape[self.tiles])
 
     def apply_slab(self, w: Array, axis: int, lo: int, hi: int, statistic: Array | None = None) -> Array:
-        if axis == 0:
+        if axis == self.tiles:
             return self.transform(w, lo, hi)
         if statistic is None:
-            raise TypeError(f"{self.kind} on a weight tiled by columns needs what prepare() returns")
+            raise TypeError(f"{self.kind} tiled along axis {axis} needs what prepare() returns")
         w[...] = statistic[slab_index(w.ndim, axis, lo, hi)]
         return w

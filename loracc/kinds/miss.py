@@ -8,7 +8,7 @@ from typing import ClassVar
 import numpy as np
 
 from loracc.dtypes import Array
-from loracc.kinds.base import RowLocal, Scaled
+from loracc.kinds.base import Scaled, SlabLocal
 
 __all__ = ["MiSS", "MiSSBat"]
 
@@ -49,7 +49,7 @@ class MiSS(Scaled):
 
 
 @dataclass(frozen=True, eq=False)
-class MiSSBat(RowLocal):
+class MiSSBat(SlabLocal):
     """W'[block i, block j] = W[i, j]·(I + Dᵢ) + Dᵢ, in blocks of r×r (Kang 2024, Bat). ``d`` is ``[out/r, r, r]``."""
 
     kind: ClassVar[str] = "miss"

@@ -11,13 +11,13 @@ import numpy as np
 from loracc.adapter import Delta, ReadSlab
 from loracc.algebra_rotations import butterfly_permutation, cayley, rotate_blocks
 from loracc.dtypes import Array
-from loracc.kinds.base import RowLocal, no_strength
+from loracc.kinds.base import SlabLocal, no_strength
 
 __all__ = ["BOFT", "HRA", "BlockRotation"]
 
 
 @dataclass(frozen=True, eq=False)
-class BlockRotation(RowLocal):
+class BlockRotation(SlabLocal):
     """W' = W·blockdiag(M₁ … Mₙ), the weight flattened behind its first axis: OFT (Qiu et al. 2023, equation 4).
 
     PEFT rotates a layer's input, x·R, so M = Rᵀ there, and an embedding's output, so M = R.
@@ -45,7 +45,7 @@ class BlockRotation(RowLocal):
 
 
 @dataclass(frozen=True, eq=False)
-class BOFT(RowLocal):
+class BOFT(SlabLocal):
     """W' = s ⊙ W·B₁ᵀB₂ᵀ…Bₘᵀ with butterfly factors Bᵢ = Pᵢ·blockdiag(cayley(Qᵢ))·Pᵢᵀ (Liu et al. 2024, equation 4).
 
     ``r`` is ``[m, n, b, b]``; Q = (R − Rᵀ)/2. ``s`` is ``[out]``.

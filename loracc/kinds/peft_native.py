@@ -84,10 +84,11 @@ def _rest(shape: tuple[int, ...], b: Array) -> tuple[int, ...]:
 
 def lokr(arrays: Arrays, config: Config, module: str) -> dict[str, Delta]:
     """ΔW = α/r·w1 ⊗ w2. PEFT keeps α/r when both sides are full, where LyCORIS forces 1."""
-    return {"weight": lokr_delta(arrays, _lycoris_scale(config, module), module)}
+    last_axes = "w2" in arrays and arrays["w2"].ndim == 3
+    return {"weight": lokr_delta(arrays, _lycoris_scale(config, module), module, last_axes=last_axes)}
 
 
-def lokr_delta(arrays: Arrays, scale: float, module: str) -> Delta:
+def lokr_delta(arrays: Arrays, scale: float, module: str, *, last_axes: bool = False) -> Delta:
     """A LoKr change of any combination of full, factored and Tucker sides."""
     w1 = (arrays["w1"],) if "w1" in arrays else tuple(take(arrays, r, "LoKr", module) for r in ("w1_a", "w1_b"))
     if "w2" in arrays:
@@ -100,7 +101,7 @@ def lokr_delta(arrays: Arrays, scale: float, module: str) -> Delta:
     def make(shape: tuple[int, ...]) -> Delta:
         if math.prod(shape) != size:
             raise ValueError(f"the product has {size} elements, the weight {math.prod(shape)}")
-        return LoKr(scale, w1, w2, shape)
+        return LoKr(scale, w1, w2, shape, last_axes)
 
     return pending(arrays, "LoKr", module, make)
 
