@@ -23,7 +23,7 @@ from loracc.sources.torch_trace import TORCH_LOGGERS, reason_of, trace
 from loracc.sources.user_inputs import given_inputs, parse_dynamic_spec
 from loracc.tensors import PermutedTensor
 
-__all__ = ["load_huggingface"]
+__all__ = ["load_huggingface", "parameter_sources"]
 
 #: Bytes of weights in memory worth telling of.
 _LARGE = 1 << 28
@@ -64,6 +64,23 @@ def load_huggingface(path: Path, options: LoadOptions) -> BaseModel:
         sample_inputs={t.name: t.array for t in inputs} if options.inputs or options.inputs_file else {},
         input_ranges={traced.name: traced.range for traced in inputs if traced.range is not None},
     )
+
+
+def parameter_sources(path: Path) -> dict[str, str | None]:
+    """For each parameter of the folder's model, by module path, the checkpoint's tensor that it is, bit for bit.
+
+    None where transformers computes it from several. A tied parameter appears under each of its names.
+
+    Raises:
+        InputError, UnsupportedError: The model cannot be built.
+    """
+    with _transformers_quiet():
+        model_class, config = _model_class(path)
+        weights = read_weights(path)
+        built = _build(path, model_class, config, weights)
+        named = built.model.named_parameters(remove_duplicate=False)
+        found = {name: weights.lazy(parameter) for name, parameter in named if name not in built.missing}
+    return {name: tensor.name if tensor is not None else None for name, tensor in found.items()}
 
 
 def _model_class(path: Path) -> tuple[Any, Any]:

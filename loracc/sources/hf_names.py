@@ -1,0 +1,61 @@
+"""What transformers calls a checkpoint's tensors once it has loaded them.
+
+A checkpoint's own names are not always module paths: transformers 5 renames on loading (a ViT's
+``encoder.layer.0.attention.attention.query`` is the module ``layers.0.attention.q_proj``), and an adapter knows the
+module paths. The model is built around the mapped weights, so this costs an import of torch and no weight is read.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from loracc.errors import InputError, UnsupportedError
+from loracc.model import BaseModel
+from loracc.sites import Site, SiteTable
+from loracc.sources.checkpoint_files import CheckpointFiles, read_config
+from loracc.sources.huggingface import parameter_sources
+
+__all__ = ["with_module_names"]
+
+
+def with_module_names(model: BaseModel) -> BaseModel | None:
+    """A bare checkpoint with its sites under module paths too, after those under the file's own names.
+
+    Returns:
+        The model, or None where its folder does not say its class, or torch or transformers is not installed, or nothing
+        is renamed: then nothing more can be known.
+    """
+    folder = model.origin.folder if isinstance(model.origin, CheckpointFiles) else Path(model.path)
+    if model.traced or not _buildable(folder):
+        return None
+    try:
+        sources = parameter_sources(folder)
+    except (InputError, UnsupportedError):  # then its names are the only ones it has
+        return None
+    stored = {site.initializer: site for site in model.sites}
+    renamed = [
+        _renamed(stored[tensor], name) for name, tensor in sources.items() if tensor in stored and tensor != name
+    ]
+    merged = [name for name, tensor in sources.items() if tensor is None]
+    if not renamed and not merged:
+        return None
+    notes = list(model.notes)
+    if merged:
+        notes.append(
+            f"transformers computes {len(merged)} parameters from several tensors of the file (the first is {merged[0]}): "
+            "a delta on one of them can be folded into .onnx, not into the checkpoint"
+        )
+    return replace(model, sites=SiteTable([*model.sites, *renamed]), notes=tuple(notes))
+
+
+def _buildable(folder: Path) -> bool:
+    from importlib.util import find_spec
+
+    installed = find_spec("torch") is not None and find_spec("transformers") is not None
+    return installed and folder.is_dir() and bool(read_config(folder).get("architectures"))
+
+
+def _renamed(site: Site, name: str) -> Site:
+    module, _, parameter = name.rpartition(".")
+    return replace(site, module=module, parameter=parameter)
