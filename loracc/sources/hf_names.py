@@ -23,8 +23,8 @@ def with_module_names(model: BaseModel) -> BaseModel | None:
     """A bare checkpoint with its sites under module paths too, after those under the file's own names.
 
     Returns:
-        The model, or None where its folder does not say its class, or torch or transformers is not installed, or nothing
-        is renamed: then nothing more can be known.
+        The model; None where its folder does not say its class, where torch or transformers is not installed, or where
+        nothing is renamed: then nothing more can be known.
     """
     folder = model.origin.folder if isinstance(model.origin, CheckpointFiles) else Path(model.path)
     if model.traced or not _buildable(folder):
@@ -43,8 +43,8 @@ def with_module_names(model: BaseModel) -> BaseModel | None:
     notes = list(model.notes)
     if merged:
         notes.append(
-            f"transformers computes {len(merged)} parameters from several tensors of the file (the first is {merged[0]}): "
-            "a delta on one of them can be folded into .onnx, not into the checkpoint"
+            f"transformers computes {len(merged)} parameters from several tensors of the file each, {merged[0]} for one: "
+            "a delta on them can be folded into .onnx, not into the checkpoint"
         )
     return replace(model, sites=SiteTable([*model.sites, *renamed]), notes=tuple(notes))
 
