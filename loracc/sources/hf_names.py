@@ -43,7 +43,7 @@ def with_module_names(model: BaseModel) -> BaseModel | None:
     notes = list(model.notes)
     if merged:
         notes.append(
-            f"transformers computes {len(merged)} parameters from several tensors of the file each, {merged[0]} for one: "
+            f"transformers computes {len(merged)} parameters from several tensors of the file, such as {merged[0]}: "
             "a delta on them can be folded into .onnx, not into the checkpoint"
         )
     return replace(model, sites=SiteTable([*model.sites, *renamed]), notes=tuple(notes))
