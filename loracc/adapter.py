@@ -41,6 +41,11 @@ class Delta(abc.ABC):
     replaces: ClassVar[bool] = False
 
     @property
+    def follows_tying(self) -> bool:
+        """Whether the delta acts on the shared tensor itself: on every site of a tied weight, and not on one of them."""
+        return False
+
+    @property
     @abc.abstractmethod
     def shape(self) -> tuple[int | None, ...]:
         """Canonical shape of the weight that this delta fits; None where it fits any length."""
@@ -157,6 +162,8 @@ class Entry:
         fan_in_fan_out: The trainer saw the weight stored as [in, out] (GPT-2's Conv1D); settles square matrices of a
             checkpoint that has no graph. None where the file does not say.
         optional: The model may lack this parameter (IA3 scales a bias where there is one): binding then drops the entry.
+        alternatives: What the same tensors are where the file leaves open which parameter they are for; the shapes of
+            the model's parameters decide between this entry and those.
     """
 
     module: str
@@ -165,11 +172,17 @@ class Entry:
     keys: tuple[str, ...]
     fan_in_fan_out: bool | None = None
     optional: bool = False
+    alternatives: tuple[Entry, ...] = ()
 
     @property
     def name(self) -> str:
         """``module.parameter``, the parameter's name in a state dict."""
         return f"{self.module}.{self.parameter}" if self.module else self.parameter
+
+    def scaled(self, weight: float) -> Entry:
+        """The entry at another strength."""
+        others = tuple(other.scaled(weight) for other in self.alternatives)
+        return replace(self, delta=self.delta.scaled(weight), alternatives=others)
 
 
 @dataclass(frozen=True)
@@ -198,5 +211,4 @@ class Adapter:
         """The adapter at another strength."""
         if weight == 1.0:
             return self
-        entries = tuple(replace(entry, delta=entry.delta.scaled(weight)) for entry in self.entries)
-        return Adapter(self.name, self.path, self.format, entries, self.notes, self.config, self.digest)
+        return replace(self, entries=tuple(entry.scaled(weight) for entry in self.entries))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -38,6 +39,13 @@ class LowRank(Delta):
 
     def scaled(self, weight: float) -> LowRank:
         return replace(self, s=self.s * weight)
+
+    def resolve(self, shape: tuple[int, ...]) -> LowRank:
+        """A 1×1 convolution and a linear layer are one product: A takes the weight's number of axes."""
+        a, (rows, columns) = self.a, self.a.shape[:2] if self.a.ndim > 1 else (0, 0)
+        if len(shape) != a.ndim and len(shape) > 1 and a.size == rows * columns and math.prod(shape[2:]) == 1:
+            return replace(self, a=a.reshape(rows, columns, *(1,) * (len(shape) - 2)))
+        return self
 
     def materialize(self, dtype: np.dtype[np.generic]) -> Array:
         return low_rank(self.b.astype(dtype), self.a.astype(dtype), self.s)
@@ -179,18 +187,29 @@ class Addition(Delta):
 
 @dataclass(frozen=True, eq=False)
 class Replacement(Delta):
-    """W' = N: a fully trained parameter (PEFT ``modules_to_save``, ``bias``) takes the weight's place."""
+    """W' = N: a fully trained parameter (PEFT ``modules_to_save``, ``bias``) takes the weight's place.
+
+    ``of_base`` marks a copy of the base's own parameter that the trainer saved beside the deltas (a resized embedding):
+    it is no part of the adapter's strength, and it goes to every site of a tied weight.
+    """
 
     kind: ClassVar[str] = "replace"
     additive: ClassVar[bool] = False
     replaces: ClassVar[bool] = True
     new: Array
+    of_base: bool = False
 
     @property
     def shape(self) -> tuple[int | None, ...]:
         return tuple(self.new.shape)
 
+    @property
+    def follows_tying(self) -> bool:
+        return self.of_base
+
     def scaled(self, weight: float) -> Replacement:
+        if self.of_base or weight == 1.0:
+            return self
         raise UnsupportedError(
             f"a weight of {weight} on an adapter that replaces whole parameters (modules_to_save or bias) has no "
             "meaning: a replacement is not a delta.",
@@ -216,7 +235,14 @@ class RowReplacement(Delta):
     def shape(self) -> tuple[int | None, ...]:
         return (None, *self.new.shape[1:])
 
+    @property
+    def follows_tying(self) -> bool:
+        """PEFT ties the token rows of every module that is tied to the embedding."""
+        return True
+
     def scaled(self, weight: float) -> RowReplacement:
+        if weight == 1.0:
+            return self
         raise UnsupportedError(
             f"a weight of {weight} on an adapter with trained token rows has no meaning: the rows are replaced, not "
             "added to.",

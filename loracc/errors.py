@@ -16,6 +16,7 @@ Anything else that escapes is a bug of loracc's own and keeps its traceback.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from types import ModuleType
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "MissingExtraError",
     "NumericsError",
     "UnsupportedError",
+    "combined",
     "require",
 ]
 
@@ -68,6 +70,20 @@ class CheckFailed(LoraccError):
     """A check said no: not equivalent, structure differs, or slower."""
 
     exit_code = 1
+
+
+def combined(errors: Sequence[LoraccError]) -> LoraccError:
+    """One error for several: of their class when they share it, with every message and each hint once.
+
+    >>> str(combined([BindingError("a"), BindingError("b", hint="h")]))
+    'a\\nb\\nh'
+    """
+    if len(errors) == 1:
+        return errors[0]
+    kinds = {type(error) for error in errors}
+    hints = list(dict.fromkeys(error.hint for error in errors if error.hint))
+    cls = kinds.pop() if len(kinds) == 1 else InputError
+    return cls("\n".join(error.message for error in errors), hint="\n".join(hints) or None)
 
 
 _EXTRA_OF = {

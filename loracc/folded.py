@@ -18,7 +18,7 @@ from loracc.rows import Rows, RowsBase
 from loracc.sites import Site
 from loracc.tensors import TiledTensor, dims, open_rows, read_rows
 
-__all__ = ["Binding", "FoldedTensor", "annotate", "bindings_of", "block_rows"]
+__all__ = ["Binding", "FoldedTensor", "annotate", "bindings_of", "block_rows", "clear_bindings"]
 
 _BINDINGS = "loracc.bindings"
 #: Elements of one compute block: in float32 it and its product stay in a core's second-level cache.
@@ -57,6 +57,11 @@ def bindings_of(value: ir.Value) -> tuple[Binding, ...]:
     """The bindings annotated on one initializer, in the order they were bound."""
     bindings: tuple[Binding, ...] = value.meta.get(_BINDINGS, ())
     return bindings
+
+
+def clear_bindings(value: ir.Value) -> None:
+    """Take every binding off an initializer."""
+    value.meta.pop(_BINDINGS, None)
 
 
 class FoldedTensor(TiledTensor):

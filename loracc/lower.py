@@ -14,7 +14,7 @@ from loracc.model import BaseModel
 from loracc.passes.fold import FoldPass
 from loracc.passes.retype import RetypePass, recast
 from loracc.passes.unshare import UnsharePass
-from loracc.sites import write_records
+from loracc.sites import SiteTable, write_records
 from loracc.targets.onnx_file import stamp
 
 __all__ = ["folded_tensors", "lower", "stamp_provenance"]
@@ -33,13 +33,14 @@ def lower(model: BaseModel, dtype: ir.DataType | None = None) -> BaseModel:
         A copy whose bound initializers are :class:`FoldedTensor`; nothing has been computed yet.
     """
     graph = model.ir.clone()
-    UnsharePass()(graph)
+    unshare = UnsharePass(model.sites)
+    unshare(graph)
     FoldPass()(graph)
     if dtype is not None:
         _change_dtype(graph, dtype, traced=model.traced)
     if model.traced:
-        write_records(graph, [site for site in model.sites if site.module])
-    return replace(model, ir=graph)
+        write_records(graph, [site for site in unshare.sites if site.module])
+    return replace(model, ir=graph, sites=SiteTable(unshare.sites))
 
 
 def _change_dtype(graph: ir.Model, dtype: ir.DataType, *, traced: bool) -> None:

@@ -1,1 +1,104 @@
-"""Adapter files: each format is only a way to read and write a :class:`loracc.adapter.Adapter`."""
+"""Adapter files: whatever comes in becomes an :class:`loracc.adapter.Adapter`.
+
+A format is told by what is in the file, never by its name. To add one: a module with ``is_x(source)`` and
+``read_x(source, name, options)``, and a line in ``FORMATS``.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from loracc.adapter import Adapter
+from loracc.errors import InputError
+from loracc.formats.adapter_options import AdapterOptions
+from loracc.formats.adapter_source import CONFIG, WEIGHTS, AdapterSource, open_source
+from loracc.formats.adapter_spec import AdapterSpec, parse_adapter_spec
+from loracc.formats.peft import is_peft, read_peft
+from loracc.formats.tensors import some
+
+__all__ = [
+    "FORMATS",
+    "AdapterFormat",
+    "AdapterOptions",
+    "AdapterSpec",
+    "is_adapter",
+    "load_adapter",
+    "parse_adapter_spec",
+]
+
+
+@dataclass(frozen=True)
+class AdapterFormat:
+    """One line of the registry."""
+
+    name: str
+    matches: Callable[[AdapterSource], bool]
+    read: Callable[[AdapterSource, str, AdapterOptions], Adapter]
+
+
+#: Tried in this order; the first whose content matches reads the file.
+FORMATS: tuple[AdapterFormat, ...] = (AdapterFormat("peft", is_peft, read_peft),)
+
+
+def load_adapter(
+    path: str | os.PathLike[str],
+    *,
+    name: str | None = None,
+    alpha: float | None = None,
+    scale: float | None = None,
+    allow_pickle: bool = False,
+    **options: Any,
+) -> Adapter:
+    """Read an adapter of any format.
+
+    Args:
+        path: A file or a folder.
+        name: What to call it; its file's or folder's name when None.
+        alpha: ``lora_alpha`` of a file that does not say its own.
+        scale: The whole factor on B·A of such a file, in place of alpha/r.
+        allow_pickle: A PyTorch file may hold more than tensors; loading it runs code.
+        options: Further fields of :class:`AdapterOptions`.
+
+    Raises:
+        InputError: Missing, damaged, of no known format, or incomplete.
+        UnsupportedError: Understood and refused, with the reason.
+        NumericsError: A tensor holds inf or NaN.
+    """
+    told = AdapterOptions(alpha=alpha, scale=scale, allow_pickle=allow_pickle, **options)
+    source = open_source(Path(path), allow_pickle=allow_pickle)
+    for candidate in FORMATS:
+        if candidate.matches(source):
+            return candidate.read(source, name or _default_name(source), told)
+    raise InputError(
+        f"{source.file}: not an adapter of a known format ({', '.join(one.name for one in FORMATS)}); it holds "
+        f"{len(source.tensors)} tensors: {some(source.tensors, limit=3)}.",
+        hint="Is it the model? The model comes first: loracc fold MODEL ADAPTER -o OUT",
+    )
+
+
+def is_adapter(path: str | os.PathLike[str]) -> bool:
+    """Whether a path is an adapter rather than a model, told without reading a tensor."""
+    from loracc.sources.safetensors_file import read_header
+    from loracc.sources.sniff_adapter import is_adapter_file, is_adapter_folder
+
+    target = Path(path)
+    if target.is_dir():
+        names = [child.name for child in target.iterdir()]
+        named = any((child / CONFIG).is_file() for child in target.iterdir() if child.is_dir())
+        return is_adapter_folder(names) or bool(set(WEIGHTS) & set(names)) or (named and "config.json" not in names)
+    if target.name in (CONFIG, *WEIGHTS):
+        return True
+    if target.suffix != ".safetensors" or not target.is_file():
+        return False
+    return bool(read_header(target).tensors) and is_adapter_file(target)
+
+
+def _default_name(source: AdapterSource) -> str:
+    """The folder's name for a library's own file names, else the file's."""
+    if source.path.is_dir():
+        return source.path.resolve().name
+    return source.file.resolve().parent.name if source.file.name in WEIGHTS else source.file.stem

@@ -1,0 +1,309 @@
+"""Adapters to sites: every delta finds the weight it is for, or the call fails and says what did not.
+
+Per adapter:
+
+1. names: by ``--map``, exactly, or behind one prefix (:mod:`loracc.passes.match_names`);
+2. of several sites with one name the better known wins: recorded, by name, by scope;
+3. raw expert parameters are told apart by their shapes (:mod:`loracc.passes.bind_experts`);
+4. shapes and orientation (:mod:`loracc.passes.fit_delta`);
+5. nothing lands where something of its kind already is.
+
+All problems are collected and raised together. What binds is annotated on the initializers (``folded.annotate``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import onnx_ir as ir
+
+from loracc.adapter import Adapter, Entry
+from loracc.deltas import RowReplacement
+from loracc.errors import BindingError, LoraccError, UnsupportedError, combined
+from loracc.folded import Binding, annotate
+from loracc.kinds.packed_experts import PackedExperts
+from loracc.model import BaseModel
+from loracc.passes.bind_experts import assign_experts
+from loracc.passes.fit_delta import Weight, check_weight, fit, is_transposed
+from loracc.passes.match_names import Matching, Rewriting, apply_maps, match_names, nearest, parse_maps
+from loracc.sites import Site, SiteTable
+
+__all__ = ["BindAdapterPass", "BindOptions", "BindResult", "bind"]
+
+#: How a site's name is known, best first.
+_SOURCES = ("recorded", "name", "scope", "content", "map")
+
+
+@dataclass(frozen=True)
+class BindOptions:
+    """How an adapter's names are matched.
+
+    Attributes:
+        maps: ``OLD=NEW`` renamings.
+        allow_unmatched: Report what fits nowhere instead of refusing.
+        traced: The graph has the computation; False for a bare checkpoint.
+    """
+
+    maps: tuple[str, ...] = ()
+    allow_unmatched: bool = False
+    traced: bool = True
+
+
+@dataclass
+class BindResult:
+    """What bound.
+
+    Attributes:
+        bindings: In the adapters' order.
+        unmatched: Keys of the files that fit nowhere (only with ``allow_unmatched``).
+        notes: What the user should know.
+    """
+
+    bindings: list[Binding] = field(default_factory=list)
+    unmatched: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def bind(
+    model: BaseModel, adapters: Sequence[Adapter], *, maps: Sequence[str] = (), allow_unmatched: bool = False
+) -> BindResult:
+    """Bind adapters to a loaded model and annotate its initializers with what bound.
+
+    Raises:
+        BindingError: Unmatched names, shapes that disagree, ambiguity, conflicts; all of them at once.
+        UnsupportedError: A weight cannot take a delta.
+    """
+    options = BindOptions(tuple(maps), allow_unmatched, model.traced)
+    total = BindResult()
+    for adapter in adapters:
+        binder = BindAdapterPass(adapter, model.sites, options, total.bindings)
+        binder(model.ir)
+        total.bindings += binder.result.bindings
+        total.unmatched += binder.result.unmatched
+        total.notes += [*adapter.notes, *binder.result.notes]
+    return total
+
+
+class BindAdapterPass(ir.passes.InPlacePass):
+    """See the module's docstring; ``result`` holds what bound.
+
+    Args:
+        adapter: What to bind.
+        sites: Where a delta can act.
+        options: How names are matched.
+        before: What other adapters have bound already.
+    """
+
+    def __init__(
+        self,
+        adapter: Adapter,
+        sites: SiteTable,
+        options: BindOptions | None = None,
+        before: Sequence[Binding] = (),
+    ) -> None:
+        super().__init__()
+        self.adapter = adapter
+        self.sites = sites
+        self.options = options or BindOptions()
+        self.before = tuple(before)
+        self.result = BindResult()
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        binder = _Binder(self.adapter, self.sites, self.options, model)
+        self.result = binder.run(self.before)
+        annotate(model, self.result.bindings)
+        return ir.passes.PassResult(model, modified=bool(self.result.bindings))
+
+
+class _Binder:
+    """One adapter's binding to one model."""
+
+    def __init__(self, adapter: Adapter, sites: SiteTable, options: BindOptions, model: ir.Model) -> None:
+        self.adapter, self.options, self.model = adapter, options, model
+        self.maps = parse_maps(options.maps)
+        self.table = {name: found for name, found in sites.by_name().items() if name and found[0].module}
+        self.errors: list[LoraccError] = []
+        self.result = BindResult()
+        self.ways: dict[str, str] = {}
+
+    def run(self, before: Sequence[Binding]) -> BindResult:
+        """Rules 1 to 5."""
+        matching = self._match()
+        weights = self._weights(matching)
+        entries = self._decide_experts([e for e in self.adapter.entries if e.name in matching.found], weights)
+        straight = [
+            turned for e in entries if e.name in weights and (turned := is_transposed(e, weights[e.name])) is not None
+        ]
+        for entry in entries:
+            if entry.name in weights:
+                self._bind_one(entry, weights[entry.name], frozenset(straight))
+        self._refuse_unmatched(matching)
+        self._refuse_conflicts(before)
+        if not self.errors and not self.result.bindings:
+            self.errors.append(BindingError(f"adapter {self.adapter.name!r}: nothing of it fits the model."))
+        if self.errors:
+            raise combined(self.errors)
+        return self.result
+
+    def _match(self) -> Matching:
+        """Site names of all entries and their alternatives, by the adapter's names."""
+        renamed: dict[str, str] = {}
+        for entry in self.adapter.entries:
+            for option in (entry, *entry.alternatives):
+                mapped = apply_maps(option.name, self.maps)
+                if mapped is not None:
+                    self.ways[option.name] = "map"
+                renamed[option.name] = self._parameter(mapped if mapped is not None else option.name)
+        primary = [renamed[entry.name] for entry in self.adapter.entries]
+        try:
+            matching = match_names(list(dict.fromkeys(primary)), self.table)
+        except BindingError as error:
+            raise BindingError(f"adapter {self.adapter.name!r}: {error.message}", hint=error.hint) from error
+        found = {}
+        for name, new in renamed.items():
+            target = matching.found.get(new) or self._rewritten(new, matching.rewriting)
+            if target is not None:
+                found[name] = target
+        if matching.rewriting is not None:
+            self.result.notes.append(f"adapter {self.adapter.name!r}: names were matched as {matching.rewriting}.")
+        unmatched = tuple(entry.name for entry in self.adapter.entries if entry.name not in found)
+        return replace(matching, found=found, unmatched=unmatched)
+
+    def _parameter(self, name: str) -> str:
+        """An attention's fused projection is its "weight" to some trainers."""
+        module, _, parameter = name.rpartition(".")
+        fused = f"{module}.in_proj_weight"
+        return fused if parameter == "weight" and name not in self.table and fused in self.table else name
+
+    def _rewritten(self, name: str, rewriting: Rewriting | None) -> str | None:
+        if name in self.table:
+            return name
+        new = rewriting.apply(name) if rewriting is not None else None
+        return new if new in self.table else None
+
+    def _weights(self, matching: Matching) -> dict[str, Weight]:
+        """The weight of every matched name; those that cannot take a delta are errors."""
+        weights = {}
+        for name, target in matching.found.items():
+            try:
+                site = self._site(name, self.table[target])
+                value = self.model.graph.initializers[site.initializer]
+                weights[name] = check_weight(site, value, traced=self.options.traced)
+            except LoraccError as error:
+                self.errors.append(error)
+        return weights
+
+    def _site(self, name: str, sites: Sequence[Site]) -> Site:
+        """Rule 2."""
+        best = min(_rank(site) for site in sites)
+        chosen = [site for site in sites if _rank(site) == best]
+        if len(chosen) > 1 and len({site.initializer for site in chosen}) == 1:
+            # One tensor, read in several ways under its one name: a tied embedding whose other module is not known.
+            chosen = [site for site in chosen if site.kind == "embedding"] or chosen
+        if len(chosen) > 1:
+            where = ", ".join(f"{site.initializer!r} ({site.kind})" for site in chosen)
+            raise BindingError(
+                f"{name}: {len(chosen)} weights of the model go by this name: {where}.",
+                hint="Export the model again with loracc, which records what each weight is.",
+            )
+        return chosen[0]
+
+    def _decide_experts(self, entries: Sequence[Entry], weights: Mapping[str, Weight]) -> list[Entry]:
+        """Rule 3; the entries in their order."""
+        packed = [entry for entry in entries if isinstance(entry.delta, PackedExperts)]
+        try:
+            decided = dict(zip(map(id, packed), assign_experts(packed, weights), strict=True))
+        except BindingError as error:
+            self.errors.append(error)
+            return [entry for entry in entries if not isinstance(entry.delta, PackedExperts)]
+        return [decided.get(id(entry), entry) for entry in entries]
+
+    def _bind_one(self, entry: Entry, weight: Weight, evidence: frozenset[bool]) -> None:
+        """Rule 4."""
+        try:
+            site, delta = fit(entry, weight, evidence)
+        except LoraccError as error:
+            # A delta knows its shapes and not its name.
+            named = entry.module in error.message
+            self.errors.append(error if named else type(error)(f"{entry.name}: {error.message}", hint=error.hint))
+            return
+        way = self.ways.get(entry.name, site.source)
+        self.result.bindings.append(Binding(site, delta, self.adapter.name, entry.name, way))
+
+    def _refuse_unmatched(self, matching: Matching) -> None:
+        entries = {entry.name: entry for entry in self.adapter.entries}
+        missing = [entries[name] for name in dict.fromkeys(matching.unmatched) if not entries[name].optional]
+        if not missing:
+            return
+        if self.options.allow_unmatched:
+            self.result.unmatched += [key for entry in missing for key in entry.keys]
+            self.result.notes.append(
+                f"adapter {self.adapter.name!r}: {len(missing)} deltas fit nowhere and were left out."
+            )
+            return
+        known = list(self.table)
+        lines = [_unmatched_line(entry, nearest(entry.name, known)) for entry in missing]
+        hint = "Rename with --map OLD=NEW, or leave these out with --allow-unmatched."
+        if matching.suggestion is not None:
+            hint = (
+                f"If {matching.suggestion} is what is meant: --map {matching.suggestion.old}={matching.suggestion.new}"
+            )
+        elif any(entry.parameter == "bias" for entry in missing):
+            hint += " A bias that the base layer does not have cannot be folded: it would need another node."
+        total = len(self.adapter.entries)
+        message = f"adapter {self.adapter.name!r}: {len(missing)} of {total} deltas fit no weight of the model:"
+        quantised = [entry for entry in missing if self._is_quantised(entry)]
+        if quantised:
+            self.errors.append(
+                UnsupportedError(
+                    f"{message}\n" + "\n".join(lines),
+                    hint=f"{quantised[0].name} is quantised here: fold into the float model and quantise the result.",
+                )
+            )
+        else:
+            self.errors.append(BindingError(f"{message}\n" + "\n".join(lines), hint=hint))
+
+    def _is_quantised(self, entry: Entry) -> bool:
+        """Whether the model has the weight in integers, under its own name or the one that quantisers give it."""
+        names = (entry.name, f"{entry.name}_quantized", f"{entry.name}_Q4", f"{entry.module}.qweight")
+        found = (self.model.graph.initializers.get(name) for name in names)
+        return any(value is not None and value.dtype is not None and value.dtype.is_integer() for value in found)
+
+    def _refuse_conflicts(self, before: Sequence[Binding]) -> None:
+        """Rule 5: per site one replacement of all, and one change of each adapter."""
+        taken: dict[tuple[object, ...], Binding] = {}
+        for binding in (*before, *self.result.bindings):
+            site, replaces = binding.site, binding.delta.replaces
+            place = (site.initializer, site.layout, site.consumer, replaces)
+            other = taken.setdefault(place if replaces else (*place, binding.adapter), binding)
+            if other is binding or (replaces and _disjoint(other, binding)):
+                continue
+            what = "both replace" if replaces else "both change"
+            self.errors.append(
+                BindingError(
+                    f"{site.name}: {_origin(other)} and {_origin(binding)} {what} the same weight.",
+                    hint="Give one of them, or rename with --map." if replaces else "Rename with --map.",
+                )
+            )
+
+
+def _rank(site: Site) -> int:
+    return _SOURCES.index(site.source) if site.source in _SOURCES else len(_SOURCES)
+
+
+def _origin(binding: Binding) -> str:
+    return f"{binding.key} of adapter {binding.adapter!r}"
+
+
+def _disjoint(first: Binding, second: Binding) -> bool:
+    """Token rows of two adapters that have no token in common."""
+    one, two = first.delta, second.delta
+    if not isinstance(one, RowReplacement) or not isinstance(two, RowReplacement) or first.adapter == second.adapter:
+        return False
+    return not set(one.rows.tolist()) & set(two.rows.tolist())
+
+
+def _unmatched_line(entry: Entry, candidates: Sequence[str]) -> str:
+    near = f"; nearest: {', '.join(candidates)}" if candidates else ""
+    return f"  {entry.name} ({', '.join(entry.keys)}){near}"

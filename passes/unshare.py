@@ -1,0 +1,242 @@
+"""One tensor, several sites, and not the same deltas for all of them: it is cloned for those that differ.
+
+A tied embedding is read by a Gather and by the head's MatMul; an adapter may change one of them, or both differently.
+Each group of sites with equal deltas gets one initializer:
+
+1. Sites that a delta *ties* (``Delta.follows_tying``: trained token rows, copies of the base) get it with its site.
+2. Sites whose deltas are equal tensor for tensor stay together, and the deltas are folded once.
+3. The group of the site whose parameter the initializer is named after keeps it, else the unchanged group does, else
+   the first; every other group gets a clone under its first site's own name.
+
+No node is added: the readers of a clone take it in the place of the original. In a graph without nodes (a bare
+checkpoint) there are no readers, and a clone is a new tensor that whoever writes the checkpoint has to add.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import onnx_ir as ir
+
+from loracc.adapter import Delta
+from loracc.errors import UnsupportedError
+from loracc.folded import Binding, annotate, bindings_of, clear_bindings
+from loracc.sites import Layout, Site
+from loracc.tensors import PermutedTensor, dims, file_tensor
+
+__all__ = ["Clone", "UnsharePass"]
+
+
+@dataclass(frozen=True)
+class Clone:
+    """What was un-shared: ``name`` is a new initializer with ``original``'s value, for these sites."""
+
+    original: str
+    name: str
+    sites: tuple[Site, ...]
+
+
+class UnsharePass(ir.passes.InPlacePass):
+    """See the module's docstring.
+
+    Args:
+        sites: The model's sites, as they were before; without them only bound sites are known.
+
+    Attributes:
+        clones: What was un-shared, in the graph's order.
+        sites: The sites as they are now.
+    """
+
+    def __init__(self, sites: Iterable[Site] = ()) -> None:
+        super().__init__()
+        self.sites = list(sites)
+        self.clones: list[Clone] = []
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        before = len(self.clones)
+        for value in list(model.graph.initializers.values()):
+            bindings = bindings_of(value)
+            if bindings:
+                self._unshare(model, value, bindings)
+        return ir.passes.PassResult(model, modified=len(self.clones) > before)
+
+    def _unshare(self, model: ir.Model, value: ir.Value, bindings: Sequence[Binding]) -> None:
+        sites = self._sites_of(model, value, bindings)
+        if len(sites) < 2 or not _overlap(sites):
+            return
+        groups: dict[tuple[str, ...], list[Site]] = {}
+        deltas = {site: _deltas_of(site, bindings) for site in sites}
+        for site in sites:
+            groups.setdefault(tuple(_signature(b.delta) for b in deltas[site]), []).append(site)
+        keeper = _keeper(groups, str(value.name))
+        clear_bindings(value)
+        annotate(model, [_at(b, groups[keeper][0]) for b in deltas[groups[keeper][0]]])
+        for key, group in groups.items():
+            if key != keeper:
+                self._clone(model, value, group, deltas[group[0]])
+
+    def _sites_of(self, model: ir.Model, value: ir.Value, bindings: Sequence[Binding]) -> list[Site]:
+        """The initializer's sites that lie on one another; a bound site's settled layout stands for the table's."""
+        bound = {(b.site.name, b.site.consumer): b.site for b in bindings}
+        table = [site for site in self.sites if site.initializer == value.name]
+        sites = [bound.pop((site.name, site.consumer), site) for site in table] + list(bound.values())
+        if not self.sites and any(site.consumer for site in sites) and _other_readers(value, sites):
+            sites.append(Site("", "", "other", str(value.name)))  # readers that nobody listed keep the original
+        return list(dict.fromkeys(sites))
+
+    def _clone(self, model: ir.Model, value: ir.Value, group: Sequence[Site], bindings: Sequence[Binding]) -> None:
+        base, name = value.const_value, _free_name(model, value, group)
+        if base is None:
+            raise AssertionError(f"initializer {value.name!r} has deltas and no value")
+        views = {_taken_over(model, value, site) for site in group}
+        if len(views) > 1:
+            raise UnsupportedError(f"{group[0].name}: the shared weight {value.name!r} is read in several layouts.")
+        (perm,) = views
+        tensor = _renamed(base, perm, name)
+        clone = ir.Value(name=name, shape=ir.Shape(dims(tensor)), type=ir.TensorType(tensor.dtype), const_value=tensor)
+        clone.metadata_props.update(value.metadata_props)
+        model.graph.register_initializer(clone)
+        moved = tuple(
+            replace(site, initializer=name, layout=_layout_in(site.layout, perm), consumer="") for site in group
+        )
+        for site in group:
+            self._rewire(model, value, site, clone)
+        annotate(model, [_at(binding, moved[0]) for binding in bindings])
+        now = dict(zip(group, moved, strict=True))
+        names = {(site.name, site.consumer, site.initializer): moved_site for site, moved_site in now.items()}
+        self.sites = [names.get((site.name, site.consumer, site.initializer), site) for site in self.sites]
+        self.clones.append(Clone(str(value.name), name, moved))
+
+    def _rewire(self, model: ir.Model, value: ir.Value, site: Site, clone: ir.Value) -> None:
+        """The site's reader takes the clone."""
+        node = _reader(model, site)
+        if node is not None:
+            index = _input_index(node, value)
+            node.replace_input_with(index, clone)
+
+
+def _overlap(sites: Sequence[Site]) -> bool:
+    """Whether any two sites have a part of the stored tensor in common; blocks of a fused one do not."""
+    for i, one in enumerate(sites):
+        for other in sites[i + 1 :]:
+            apart = one.layout.perm == other.layout.perm and (_ends_before(one, other) or _ends_before(other, one))
+            if not apart:
+                return True
+    return False
+
+
+def _ends_before(one: Site, other: Site) -> bool:
+    return one.layout.stop is not None and one.layout.stop <= other.layout.start
+
+
+def _deltas_of(site: Site, bindings: Sequence[Binding]) -> list[Binding]:
+    """A site's own bindings, and those that a tied site passes on to it (rule 1)."""
+    own = [binding for binding in bindings if _same(binding.site, site)]
+    kinds = {(binding.adapter, binding.delta.kind) for binding in own}
+    tied = [b for b in bindings if b.delta.follows_tying and b not in own and _leads(b.site)]
+    passed = [b for b in tied if (b.adapter, b.delta.kind) not in kinds]
+    return sorted([*own, *passed], key=bindings.index)
+
+
+def _leads(site: Site) -> bool:
+    """Whether other modules are tied to this one: an embedding, or the one that the tensor is named after."""
+    return site.kind == "embedding" or site.name == site.initializer
+
+
+def _same(one: Site, other: Site) -> bool:
+    return (one.name, one.consumer, one.initializer) == (other.name, other.consumer, other.initializer)
+
+
+def _signature(delta: Delta) -> str:
+    """Equal for deltas that change a weight equally."""
+    digest = hashlib.sha256(f"{type(delta).__name__} {delta.scale!r} {getattr(delta, 'axis', 0)}".encode())
+    for role, array in sorted(delta.arrays().items()):
+        digest.update(f"{role} {array.dtype} {array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
+
+
+def _keeper(groups: dict[tuple[str, ...], list[Site]], name: str) -> tuple[str, ...]:
+    """Rule 3."""
+    named = [key for key, group in groups.items() if any(site.name == name for site in group)]
+    return next(iter([*named, *(key for key in groups if not key), *groups]))
+
+
+def _at(binding: Binding, site: Site) -> Binding:
+    return replace(binding, site=site)
+
+
+def _free_name(model: ir.Model, value: ir.Value, group: Sequence[Site]) -> str:
+    taken = {str(v.name) for v in model.graph.initializers.values()} | {str(v.name) for v in model.graph.inputs}
+    taken |= {str(out.name) for node in model.graph.all_nodes() for out in node.outputs}
+    wanted = next((site.name for site in group if site.module), f"{value.name}.unshared")
+    name, number = wanted, 1
+    while name in taken:
+        number += 1
+        name = f"{wanted}.{number}"
+    return name
+
+
+def _renamed(base: ir.TensorProtocol, perm: tuple[int, ...], name: str) -> ir.TensorProtocol:
+    """The tensor, permuted, under another name; it is read from where it lies."""
+    if isinstance(base, ir.ExternalTensor) and not perm and base.length is not None:
+        return file_tensor(base.path, base.offset or 0, base.length, base.dtype, dims(base), name)
+    return PermutedTensor(base, perm or range(len(dims(base))), name)
+
+
+def _reader(model: ir.Model, site: Site) -> ir.Node | None:
+    """The node that reads the weight as this site; None in a graph without nodes."""
+    if not site.consumer or not len(model.graph):
+        return None
+    return next(node for node in model.graph.all_nodes() if node.name == site.consumer)
+
+
+def _input_index(node: ir.Node, value: ir.Value) -> int:
+    """Which input of the site's node the weight arrives at, itself or through Identity and Transpose."""
+    for index, given in enumerate(node.inputs):
+        if given is not None and _source(given)[0] is value:
+            return index
+    raise AssertionError(f"node {node.name!r} does not read {value.name!r}")
+
+
+def _source(given: ir.Value) -> tuple[ir.Value, tuple[int, ...]]:
+    """The value that ``given`` is a view of, and the permutation between them (empty for none)."""
+    perm: tuple[int, ...] = ()
+    node = given.producer()
+    while node is not None and node.op_type in ("Identity", "Transpose") and node.inputs[0] is not None:
+        if node.op_type == "Transpose":
+            rank = len(given.shape) if given.shape is not None else 2
+            attribute = node.attributes.get("perm")
+            step = tuple(attribute.as_ints()) if attribute is not None else tuple(reversed(range(rank)))
+            perm = tuple(step[axis] for axis in perm) if perm else step
+        given = node.inputs[0]
+        node = given.producer()
+    return given, perm
+
+
+def _taken_over(model: ir.Model, value: ir.Value, site: Site) -> tuple[int, ...]:
+    """The permutation in which the site's reader gets the weight from nodes that it shares with other sites."""
+    node = _reader(model, site)
+    if node is None:
+        return ()
+    given = node.inputs[_input_index(node, value)]
+    if given is None:
+        raise AssertionError("an input that was found is not there")
+    return _source(given)[1]
+
+
+def _layout_in(layout: Layout, perm: tuple[int, ...]) -> Layout:
+    """The layout in the clone, which is stored as ``original.transpose(perm)``."""
+    if not perm:
+        return layout
+    canonical = layout.perm or tuple(range(len(perm)))
+    turned = tuple(perm.index(axis) for axis in canonical)
+    return replace(layout, perm=() if turned == tuple(range(len(turned))) else turned)
+
+
+def _other_readers(value: ir.Value, sites: Sequence[Site]) -> bool:
+    consumers = {site.consumer for site in sites}
+    return any(node.name not in consumers for node, _ in value.uses())
