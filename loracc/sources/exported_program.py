@@ -1,7 +1,7 @@
 """``.pt2`` files as base models: the program is loaded, its weights are not.
 
-torch is given a copy of the archive in memory without the weights' bytes; it makes zeros of the same shapes, which
-nobody reads, and the graph then holds the tensors of the file in their place.
+torch is given a copy of the archive in memory without the weights' bytes and makes tensors on the meta device of them.
+Views of the mapped file take their place, and in the graph the file's own spans.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from loracc.dtypes import Array
 from loracc.errors import InputError, UnsupportedError, require
 from loracc.model import BaseModel, LoadOptions
 from loracc.quiet import quiet
-from loracc.sources.pt2_archive import MODEL, SAMPLES, Payload, Pt2Archive, read_archive
+from loracc.sources.pt2_archive import CONSTANTS, MODEL, SAMPLES, WEIGHTS, Payload, Pt2Archive, read_archive
 from loracc.sources.pt2_safety import unsafe_parts
 from loracc.sources.torch_export import tied_groups, to_ir
 from loracc.sources.torch_sites import trace_sites
@@ -36,8 +36,6 @@ if TYPE_CHECKING:
     import torch
 
 __all__ = ["load_exported_program", "load_program", "program_weight_names"]
-
-_CPU = {"type": "cpu", "index": None}
 
 
 def load_exported_program(path: Path, options: LoadOptions) -> BaseModel:
@@ -71,7 +69,7 @@ def load_exported_program(path: Path, options: LoadOptions) -> BaseModel:
 
 
 def load_program(archive: Pt2Archive, *, allow_pickle: bool = False) -> torch.export.ExportedProgram:
-    """The program without its weights: zeros stand in for every weight that lies in its record as it is.
+    """The program; every weight that is its record from the first byte on is a view of the mapped file.
 
     Raises:
         InputError: torch cannot read it, or it could run code and ``allow_pickle`` is not set.
@@ -96,6 +94,7 @@ def load_program(archive: Pt2Archive, *, allow_pickle: bool = False) -> torch.ex
             hint="It is damaged or written by another torch version: save it again with torch.export.save.",
         ) from error
     _check_sizes(archive, program)
+    _map_weights(archive, program)
     return program
 
 
@@ -135,25 +134,24 @@ def _stays(payload: Payload) -> bool:
 
 
 def _without_weights(archive: Pt2Archive, document: Any) -> io.BytesIO:
-    """The archive as torch is to see it: no weights where zeros will do, no samples, no guards, everything on the CPU.
+    """The archive as torch is to see it: weights on the meta device, no samples, no guards, everything else on the CPU.
 
-    torch makes zeros for an empty record; the pages of zeros that nobody reads cost nothing.
+    torch makes an empty tensor for an empty record, on the device that its entry says.
     """
     first = {payload.record: payload for payload in reversed(archive.weights.values())}
     real = {p.record for p in archive.weights.values() if not _stays(p) or p.shape != first[p.record].shape}
     document["guards_code"] = []  # Python source that checks inputs; the graph is traced already
+    config = _on_cpu(archive.read_json(WEIGHTS))
+    for name, entry in config["config"].items():
+        if archive.weights[name].record not in real:
+            entry["tensor_meta"]["device"] = {"type": "meta", "index": None}
+    replaced = dict.fromkeys((SAMPLES, *(first.keys() - real)), b"")
+    replaced |= {MODEL: json.dumps(_on_cpu(document)).encode(), WEIGHTS: json.dumps(config).encode()}
+    replaced[CONSTANTS] = json.dumps(_on_cpu(archive.read_json(CONSTANTS))).encode()
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as copy:
         for name in archive.records:
-            if name == SAMPLES or (name in first and name not in real):
-                data = b""
-            elif name == MODEL:
-                data = json.dumps(_on_cpu(document)).encode()
-            elif name.endswith("_config.json"):
-                data = json.dumps(_on_cpu(archive.read_json(name))).encode()
-            else:
-                data = archive.read(name)
-            copy.writestr(f"{archive.root}/{name}", data)
+            copy.writestr(f"{archive.root}/{name}", replaced[name] if name in replaced else archive.read(name))
     buffer.seek(0)
     return buffer
 
@@ -163,8 +161,8 @@ def _on_cpu(part: Any) -> Any:
     if isinstance(part, list):
         return [_on_cpu(item) for item in part]
     if isinstance(part, dict):
-        if part.keys() == _CPU.keys() and isinstance(part["type"], str):
-            return _CPU
+        if part.keys() == {"type", "index"} and isinstance(part["type"], str):
+            return {"type": "cpu", "index": None}
         return {key: _on_cpu(item) for key, item in part.items()}
     return part
 
@@ -174,11 +172,30 @@ def _check_sizes(archive: Pt2Archive, program: torch.export.ExportedProgram) -> 
         tensor = program.state_dict.get(name)
         nbytes = archive.records[payload.record].nbytes
         if tensor is None or (_stays(payload) and tensor.nbytes > nbytes):
-            expected = "no such weight" if tensor is None else f"{tensor.nbytes}"
+            wanted = "the program has no such weight" if tensor is None else f"expected {tensor.nbytes}"
             raise InputError(
-                f"{archive.path}: weight {name!r} has {nbytes} bytes in {payload.record}, the program {expected}.",
+                f"{archive.path}: weight {name!r}: {payload.record} has {nbytes} bytes, {wanted}.",
                 hint="The archive is damaged: save it again with torch.export.save.",
             )
+
+
+def _map_weights(archive: Pt2Archive, program: torch.export.ExportedProgram) -> None:
+    """Views of the file in the place of meta tensors. The map is private: a write to a view never reaches the file."""
+    import torch
+
+    size = archive.path.stat().st_size
+    storage = torch.UntypedStorage.from_file(str(archive.path), shared=False, nbytes=size)
+    parts: dict[str, torch.UntypedStorage] = {}  # one per record: tied weights stay one tensor
+    for name, old in program.state_dict.items():
+        if old.device.type != "meta":
+            continue
+        record = archive.weights[name].record
+        if record not in parts:
+            span = archive.records[record]
+            parts[record] = storage[span.offset : span.offset + span.nbytes]
+        new = torch.empty(0, dtype=old.dtype).set_(parts[record], 0, old.shape, old.stride())
+        is_parameter = isinstance(old, torch.nn.Parameter)
+        program.state_dict[name] = torch.nn.Parameter(new, requires_grad=False) if is_parameter else new
 
 
 def _in_file(archive: Pt2Archive, name: str, payload: Payload, tensor: torch.Tensor) -> ir.TensorProtocol:

@@ -17,14 +17,13 @@ from typing import Any
 
 from loracc.errors import InputError, UnsupportedError
 
-__all__ = ["MODEL", "SAMPLES", "Payload", "Pt2Archive", "Record", "read_archive"]
+__all__ = ["CONSTANTS", "MODEL", "SAMPLES", "WEIGHTS", "Payload", "Pt2Archive", "Record", "damaged", "read_archive"]
 
 MODEL = "models/model.json"
 SAMPLES = "data/sample_inputs/model.pt"
-_CONFIGS = {
-    "data/weights/": "data/weights/model_weights_config.json",
-    "data/constants/": "data/constants/model_constants_config.json",
-}
+WEIGHTS = "data/weights/model_weights_config.json"
+CONSTANTS = "data/constants/model_constants_config.json"
+_CONFIGS = {"data/weights/": WEIGHTS, "data/constants/": CONSTANTS}
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, ..., lengths of the name and of the extra field
 
 
