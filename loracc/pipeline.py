@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loracc.errors import CheckFailed, InputError
+from loracc.errors import BindingError, CheckFailed, InputError
 
 if TYPE_CHECKING:
     from loracc.adapter import Adapter
@@ -121,7 +121,7 @@ def fold(
     job.check(inputs, force=force or dry_run)
     loaded = _load(model, load, graph=job.target.needs_graph)
     read = _read_adapters(specs, alpha, scale, residual_base, bool(load.get("allow_pickle")))
-    bound = _bind(loaded, read, maps, allow_unmatched)
+    loaded, bound = _bind(loaded, read, maps, allow_unmatched)
     lowered = lower(loaded, job.dtype)
     if loaded.traced:
         stamp_provenance(lowered.ir, read, bound.bindings)
@@ -184,7 +184,7 @@ def verify(
     made = _load(output, {}, graph=graph)
     specs = [parse_adapter_spec(str(adapter)) for adapter in adapters]
     read = _read_adapters(specs, alpha, scale, residual_base, bool(load.get("allow_pickle")))
-    bound = _bind(loaded, read, maps, allow_unmatched)
+    loaded, bound = _bind(loaded, read, maps, allow_unmatched)
     result = judge(loaded, made, bound.bindings, VerifyOptions(latency=latency, margin=margin, seed=seed))
     for path in reports:
         write_report(result.to_json(), path)
@@ -249,14 +249,24 @@ def _read_adapters(
     ]
 
 
-def _bind(model: BaseModel, adapters: Sequence[Adapter], maps: Sequence[str], allow_unmatched: bool) -> BindResult:
+def _bind(
+    model: BaseModel, adapters: Sequence[Adapter], maps: Sequence[str], allow_unmatched: bool
+) -> tuple[BaseModel, BindResult]:
+    """Bind, by a checkpoint's own names or, where those do not fit, by what transformers makes of them."""
     from loracc.passes.bind_adapter import bind
 
     if not adapters:
         raise InputError(
             "no adapter was given.", hint="Name one or more after the model: loracc fold MODEL ADAPTER -o OUT"
         )
-    return bind(model, adapters, maps=maps, allow_unmatched=allow_unmatched)
+    try:
+        return model, bind(model, adapters, maps=maps)
+    except BindingError:
+        from loracc.sources.hf_names import with_module_names
+
+        renamed = None if model.traced else with_module_names(model)
+        model = renamed or model
+        return model, bind(model, adapters, maps=maps, allow_unmatched=allow_unmatched)
 
 
 def _verify_staged(base: BaseModel, path: Path, bound: BindResult, job: Job) -> Verification:

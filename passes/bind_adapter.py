@@ -21,7 +21,7 @@ import onnx_ir as ir
 from loracc.adapter import Adapter, Entry
 from loracc.deltas import RowReplacement
 from loracc.errors import BindingError, LoraccError, UnsupportedError, combined
-from loracc.folded import Binding, annotate
+from loracc.folded import Binding, annotate, clear_bindings
 from loracc.kinds.packed_experts import PackedExperts
 from loracc.model import BaseModel
 from loracc.passes.bind_experts import assign_experts
@@ -76,6 +76,8 @@ def bind(
     """
     options = BindOptions(tuple(maps), allow_unmatched, model.traced)
     total = BindResult()
+    for value in model.ir.graph.initializers.values():
+        clear_bindings(value)  # of a call that failed halfway
     for adapter in adapters:
         binder = BindAdapterPass(adapter, model.sites, options, total.bindings)
         binder(model.ir)
