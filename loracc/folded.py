@@ -21,8 +21,8 @@ from loracc.tensors import TiledTensor, dims, open_rows, read_rows
 __all__ = ["Binding", "FoldedTensor", "annotate", "bindings_of", "block_rows", "clear_bindings"]
 
 _BINDINGS = "loracc.bindings"
-#: Elements of one compute block: in float32 it and its product stay in a core's second-level cache.
-_BLOCK_ELEMENTS = 1 << 16
+#: Elements of one compute block: in float32 it stays in a core's second-level cache.
+_BLOCK_ELEMENTS = 1 << 17
 #: A product of fewer rows spends its time on packing the other factor; more elements than this are never held at once.
 _BLOCK_MIN_ROWS, _BLOCK_MAX_ELEMENTS = 16, 1 << 19
 
@@ -154,7 +154,7 @@ def block_rows(shape: Sequence[int]) -> int:
     whatever tiles the rows are read and written in: the same bytes come out for any of them.
 
     >>> block_rows((5632, 2048)), block_rows((2048, 5632)), block_rows((2048, 128256)), block_rows((7,)), block_rows(())
-    (32, 16, 4, 65536, 65536)
+    (64, 23, 4, 131072, 131072)
     """
     row = max(math.prod(shape[1:]), 1)
     return max(min(max(_BLOCK_MIN_ROWS, _BLOCK_ELEMENTS // row), _BLOCK_MAX_ELEMENTS // row), 1)

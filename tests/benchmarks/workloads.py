@@ -1,0 +1,196 @@
+"""Models and adapters of real shapes with random numbers, to be folded against the clock.
+
+Nothing is downloaded. ``python -m tests.benchmarks.workloads llama-1b FOLDER`` makes
+``FOLDER/base`` and ``FOLDER/adapter``.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from loracc.dtypes import Array
+from loracc.streaming import OutputFile, Segment, write_files
+from loracc.targets.checkpoint import safetensors_header
+from loracc.tensors import TiledTensor
+
+__all__ = ["WORKLOADS", "Workload", "make"]
+
+BF16, FP32 = ir.DataType.BFLOAT16, ir.DataType.FLOAT
+LLAMA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One model with its adapter.
+
+    Attributes:
+        config: The model's ``config.json``.
+        dtype: Of the weights.
+        targets: Names of the adapted layers.
+        rank: Of the adapter; alpha is twice that.
+        fan_in_fan_out: The adapted weights are stored as ``[in, out]``.
+        sparse: The weights are holes in the file: nothing is on the disk, reads give zeros.
+    """
+
+    config: Mapping[str, object]
+    dtype: ir.DataType
+    targets: tuple[str, ...]
+    rank: int = 16
+    fan_in_fan_out: bool = False
+    sparse: bool = False
+
+
+def _llama(
+    layers: int, hidden: int, inner: int, heads: int, kv_heads: int, vocabulary: int = 32000
+) -> dict[str, object]:
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "num_hidden_layers": layers,
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "vocab_size": vocabulary,
+        "max_position_embeddings": 2048,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": False,
+        "dtype": "bfloat16",
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+
+
+_GPT2: dict[str, object] = {
+    "architectures": ["GPT2LMHeadModel"],
+    "model_type": "gpt2",
+    "n_layer": 12,
+    "n_embd": 768,
+    "n_head": 12,
+    "n_positions": 1024,
+    "vocab_size": 50257,
+    "dtype": "float32",
+}
+
+WORKLOADS = {
+    "tiny": Workload(_llama(2, 256, 512, 4, 2, 1000), BF16, LLAMA_TARGETS),
+    "gpt2-124m": Workload(_GPT2, FP32, ("c_attn", "c_fc", "mlp.c_proj", "attn.c_proj"), fan_in_fan_out=True),
+    "llama-1b": Workload(_llama(22, 2048, 5632, 32, 4), BF16, LLAMA_TARGETS),
+    "llama-7b-sparse": Workload(_llama(32, 4096, 11008, 32, 32), BF16, LLAMA_TARGETS, sparse=True),
+}
+
+
+def make(name: str, folder: Path) -> None:
+    """Write ``base`` and ``adapter`` of a workload into ``folder``; the same bytes every time."""
+    work = WORKLOADS[name]
+    shapes = _gpt2_shapes(work.config) if work.config["model_type"] == "gpt2" else _llama_shapes(work.config)
+    base, adapter = folder / "base", folder / "adapter"
+    base.mkdir(parents=True)
+    adapter.mkdir()
+    (base / "config.json").write_text(json.dumps(work.config, indent=2))
+    tensors = {key: Noise(work.dtype, shape, key, 1.0 if len(shape) == 1 else 0.02) for key, shape in shapes.items()}
+    _save(base / "model.safetensors", tensors, sparse=work.sparse)
+    factors: dict[str, Noise] = {}
+    for key, shape in shapes.items():
+        module = key.removesuffix(".weight")
+        if len(shape) == 2 and module.endswith(work.targets):
+            rows, columns = reversed(shape) if work.fan_in_fan_out else shape
+            for role, factor in (("A", (work.rank, columns)), ("B", (rows, work.rank))):
+                name_ = f"base_model.model.{module}.lora_{role}.weight"
+                factors[name_] = Noise(FP32, factor, name_, 0.01)
+    _save(adapter / "adapter_model.safetensors", factors)
+    (adapter / "adapter_config.json").write_text(
+        json.dumps(
+            {
+                "peft_type": "LORA",
+                "task_type": "CAUSAL_LM",
+                "base_model_name_or_path": "base",
+                "r": work.rank,
+                "lora_alpha": 2 * work.rank,
+                "target_modules": list(work.targets),
+                "fan_in_fan_out": work.fan_in_fan_out,
+                "bias": "none",
+                "inference_mode": True,
+            },
+            indent=2,
+        )
+    )
+
+
+class Noise(TiledTensor):
+    """Normally distributed numbers, seeded by the tensor's name and row."""
+
+    def __init__(self, dtype: ir.DataType, shape: tuple[int, ...], name: str, deviation: float) -> None:
+        super().__init__(dtype, shape, name)
+        self._deviation = deviation
+
+    def compute_rows(self, lo: int, hi: int) -> Array:
+        rng = np.random.default_rng([lo, *str(self.name).encode()])
+        shape = (hi - lo, *(int(n) for n in self.shape.numpy()[1:]))
+        return (rng.standard_normal(shape, np.float32) * np.float32(self._deviation)).astype(self.dtype.numpy())
+
+
+def _save(path: Path, tensors: Mapping[str, Noise], *, sparse: bool = False) -> None:
+    header, offsets = safetensors_header(tensors, {"format": "pt"})
+    segments = tuple(Segment(len(header) + offsets[name], tensor) for name, tensor in tensors.items())
+    size = len(header) + sum(tensor.nbytes for tensor in tensors.values())
+    write_files([OutputFile(path, size, () if sparse else segments, header)])
+
+
+def _llama_shapes(config: Mapping[str, object]) -> dict[str, tuple[int, ...]]:
+    hidden, inner, vocabulary = (_number(config, key) for key in ("hidden_size", "intermediate_size", "vocab_size"))
+    keys = hidden // _number(config, "num_attention_heads") * _number(config, "num_key_value_heads")
+    shapes: dict[str, tuple[int, ...]] = {"lm_head.weight": (vocabulary, hidden)}
+    shapes["model.embed_tokens.weight"] = (vocabulary, hidden)
+    for layer in range(_number(config, "num_hidden_layers")):
+        prefix = f"model.layers.{layer}"
+        shapes |= {
+            f"{prefix}.input_layernorm.weight": (hidden,),
+            f"{prefix}.mlp.down_proj.weight": (hidden, inner),
+            f"{prefix}.mlp.gate_proj.weight": (inner, hidden),
+            f"{prefix}.mlp.up_proj.weight": (inner, hidden),
+            f"{prefix}.post_attention_layernorm.weight": (hidden,),
+            f"{prefix}.self_attn.k_proj.weight": (keys, hidden),
+            f"{prefix}.self_attn.o_proj.weight": (hidden, hidden),
+            f"{prefix}.self_attn.q_proj.weight": (hidden, hidden),
+            f"{prefix}.self_attn.v_proj.weight": (keys, hidden),
+        }
+    return shapes | {"model.norm.weight": (hidden,)}
+
+
+def _gpt2_shapes(config: Mapping[str, object]) -> dict[str, tuple[int, ...]]:
+    width = _number(config, "n_embd")
+    shapes: dict[str, tuple[int, ...]] = {}
+    for layer in range(_number(config, "n_layer")):
+        prefix = f"transformer.h.{layer}"
+        for name, columns in (("attn.c_attn", 3), ("attn.c_proj", 1), ("mlp.c_fc", 4)):
+            shapes[f"{prefix}.{name}.weight"] = (width, columns * width)
+            shapes[f"{prefix}.{name}.bias"] = (columns * width,)
+        shapes[f"{prefix}.mlp.c_proj.weight"] = (4 * width, width)
+        shapes[f"{prefix}.mlp.c_proj.bias"] = (width,)
+        for norm in ("ln_1", "ln_2"):
+            shapes |= {f"{prefix}.{norm}.weight": (width,), f"{prefix}.{norm}.bias": (width,)}
+    shapes |= {"transformer.ln_f.weight": (width,), "transformer.ln_f.bias": (width,)}
+    positions = (_number(config, "n_positions"), width)
+    return shapes | {
+        "transformer.wpe.weight": positions,
+        "transformer.wte.weight": (_number(config, "vocab_size"), width),
+    }
+
+
+def _number(config: Mapping[str, object], key: str) -> int:
+    value = config[key]
+    if not isinstance(value, int):
+        raise TypeError(f"{key} is {value!r}")
+    return value
+
+
+if __name__ == "__main__":
+    make(sys.argv[1], Path(sys.argv[2]))
