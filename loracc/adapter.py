@@ -197,6 +197,9 @@ class Adapter:
         notes: What a user should know that is no error (e.g. dropout ignored at inference).
         config: The format's own configuration, as read, for provenance.
         digest: sha256 of the tensors and configuration.
+        naming: How the file spells a module path of the base, where that cannot be read backwards (kohya's underscores,
+            GGUF's own names): entries' modules are such spellings, and binding looks the base's paths up under them.
+            It returns None for a path that the file could not name.
     """
 
     name: str
@@ -206,6 +209,7 @@ class Adapter:
     notes: tuple[str, ...] = ()
     config: dict[str, object] = field(default_factory=dict)
     digest: str = ""
+    naming: Callable[[str], str | None] | None = None
 
     def scaled(self, weight: float) -> Adapter:
         """The adapter at another strength."""

@@ -2,7 +2,8 @@
 
 Per adapter:
 
-1. names: by ``--map``, exactly, or behind one prefix (:mod:`loracc.passes.match_names`);
+1. names: by ``--map``, exactly, or behind one prefix (:mod:`loracc.passes.match_names`); a format's own spelling of
+   module paths is looked up first (:mod:`loracc.passes.base_names`);
 2. of several sites with one name the better known wins: recorded, by name, by scope;
 3. raw expert parameters are told apart by their shapes (:mod:`loracc.passes.bind_experts`);
 4. shapes and orientation (:mod:`loracc.passes.fit_delta`);
@@ -24,6 +25,7 @@ from loracc.errors import BindingError, LoraccError, UnsupportedError, combined
 from loracc.folded import Binding, annotate, clear_bindings
 from loracc.kinds.packed_experts import PackedExperts
 from loracc.model import BaseModel
+from loracc.passes.base_names import with_base_names
 from loracc.passes.bind_experts import assign_experts
 from loracc.passes.fit_delta import Weight, check_weight, fit, is_transposed
 from loracc.passes.match_names import Matching, Rewriting, apply_maps, match_names, nearest, parse_maps
@@ -122,8 +124,10 @@ class _Binder:
     """One adapter's binding to one model."""
 
     def __init__(self, adapter: Adapter, sites: SiteTable, options: BindOptions, model: ir.Model) -> None:
-        self.adapter, self.options, self.model = adapter, options, model
-        self.maps = parse_maps(options.maps)
+        self.options, self.model, self.maps = options, model, parse_maps(options.maps)
+        self.adapter = with_base_names(
+            adapter, (site.module for site in sites), keep=lambda name: apply_maps(name, self.maps) is not None
+        )
         self.table = {name: found for name, found in sites.by_name().items() if name and found[0].module}
         self.errors: list[LoraccError] = []
         self.result = BindResult()
