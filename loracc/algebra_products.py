@@ -35,10 +35,10 @@ def kronecker(w1: Array, w2: Array, scale: float) -> Array:
 
 
 def circulant_blocks(kernels: Array) -> Array:
-    """Block-circulant matrix from ``[m, n, b]`` kernels: block (i, j) is C with C[p, q] = k[(p − q) mod b].
+    """Block-circulant matrix from ``[m, n, b]`` kernels: block (i, j) is C with C[p, q] = k[(q − p) mod b].
 
-    C³A (Chen et al. 2024); returns ``[m·b, n·b]``.
+    C³A (Chen et al. 2024) as PEFT computes it, y = F(F⁻¹(x) ⊙ F(k)); returns ``[m·b, n·b]``.
     """
     m, n, size = kernels.shape
-    index = (np.arange(size)[:, None] - np.arange(size)[None, :]) % size
+    index = (np.arange(size)[None, :] - np.arange(size)[:, None]) % size
     return kernels[:, :, index].transpose(0, 2, 1, 3).reshape(m * size, n * size)

@@ -69,7 +69,7 @@ class SlabLocal(Delta):
         if axis == self.tiles:
             return None
         whole = read_whole(read, axis, length, step)
-        return self.transform(whole, 0, whole.shape[self.tiles])
+        return self.transform(whole, 0, whole.shape[self.tiles] if whole.ndim > self.tiles else 1)
 
     def apply_slab(self, w: Array, axis: int, lo: int, hi: int, statistic: Array | None = None) -> Array:
         if axis == self.tiles:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from loracc.kinds import peft_native as native
+from loracc.kinds import peft_rare as rare
+from loracc.kinds.peft_bridge import peanut, psoft
 from loracc.kinds.spec import KindSpec
 
 __all__ = ["PEFT_KINDS"]
@@ -57,4 +59,158 @@ PEFT_KINDS: dict[str, KindSpec] = {
     "BOFT": KindSpec("BOFT", {"boft_R": "R", "boft_s": "s"}, native.boft, layers=("linear", "conv2d")),
     "HRA": KindSpec("HRA", {"hra_u": "u"}, native.hra, config=("apply_GS",), layers=("linear", "conv2d")),
     "MISS": KindSpec("MiSS", {"miss_block": "block"}, native.miss, config=("init_weights",)),
+    "VBLORA": KindSpec(
+        "VB-LoRA",
+        {
+            "vblora_logits_A": "A",
+            "vblora_logits_B": "B",
+            "vblora_logits_A_topk_indices": "A_indices",
+            "vblora_logits_A_topk_weights": "A_weights",
+            "vblora_logits_B_topk_indices": "B_indices",
+            "vblora_logits_B_topk_weights": "B_weights",
+        },
+        rare.vblora,
+        shared={"vblora_vector_bank": "bank"},
+        config=("topk",),
+        layers=("linear", "conv1d_hf"),
+    ),
+    "RANDLORA": KindSpec(
+        "RandLoRA",
+        # PEFT 0.21.2 also writes a copy of the shared bases for every layer.
+        {"randlora_lambda": "lambda", "randlora_gamma": "gamma", "randlora_A": "A", "randlora_B": "B"},
+        rare.randlora,
+        shared={"randlora_A": "A", "randlora_B": "B"},
+        config=("randlora_alpha",),
+        layers=("linear", "conv1d_hf"),
+    ),
+    "PVERA": KindSpec(
+        "PVeRA",
+        {"pvera_lambda_b": "lambda_b", "pvera_lambda_d": "lambda_d"},
+        rare.pvera,
+        shared={"pvera_A": "A", "pvera_B": "B"},
+        config=("sample_at_inference",),
+        layers=("linear", "conv1d_hf"),
+    ),
+    "DELORA": KindSpec(
+        "DeLoRA",
+        {"delora_A": "A", "delora_B": "B", "delora_lambda": "lambda", "delora_w_norm": "w_norm"},
+        rare.delora,
+    ),
+    "UNILORA": KindSpec(
+        "UniLoRA",
+        {f"unilora_{what}_{side}": f"{what}_{side}" for what in ("indices", "scales") for side in "AB"},
+        rare.unilora,
+        shared={"unilora_theta_d": "theta"},
+        layers=("linear", "conv1d_hf"),
+    ),
+    "TINYLORA": KindSpec(
+        "TinyLoRA",
+        {"tinylora_A": "A", "tinylora_B": "B", "tinylora_P": "P"},
+        rare.tinylora,
+        shared_prefixes={"tinylora_v.": "v."},
+        layers=("linear", "conv1d_hf", "embedding"),
+    ),
+    "GRALORA": KindSpec(
+        "GraLoRA",
+        {
+            "gralora_A": "A",
+            "gralora_B": "B",
+            "gralora_A_general.weight": "A_general",
+            "gralora_B_general.weight": "B_general",
+        },
+        rare.gralora,
+        config=("alpha", "r", "hybrid_r"),
+        layers=("linear", "conv1d_hf"),
+    ),
+    "HIRA": KindSpec(
+        "HiRA",
+        {"hira_A": "A", "hira_B": "B", "hira_embedding_A": "embedding_A", "hira_embedding_B": "embedding_B"},
+        rare.hira,
+        layers=("linear", "conv1d_hf", "conv1d", "conv2d", "conv3d", "embedding"),
+    ),
+    "GLORA": KindSpec(
+        "GLoRA",
+        {f"glora_{path}.{part}": f"{path}.{part}" for path in "ABCDE" for part in ("Xd", "Xu", "X", "zeros")},
+        rare.glora,
+        optional=frozenset({"bias"}),
+    ),
+    "BEFT": KindSpec("BEFT", {"beft_bias": "bias"}, rare.beft),
+    "LN_TUNING": KindSpec(
+        "LN tuning",
+        {"ln_tuning_layers.weight": "weight", "ln_tuning_layers.bias": "bias"},
+        rare.ln_tuning,
+        layers=("norm", "linear", "embedding", "conv2d"),
+    ),
+    "C3A": KindSpec("C3A", {"c3a_kernel": "kernel"}, rare.c3a),
+    "ROAD": KindSpec(
+        "RoAd",
+        {"road_theta": "theta", "road_alpha": "alpha"},
+        rare.road,
+        optional=frozenset({"bias"}),
+        config=("variant", "group_size"),
+    ),
+    "SHIRA": KindSpec("SHiRA", {"shira_weight": "weight", "shira_indices": "indices"}, rare.shira),
+    "SUPERTUNING": KindSpec(
+        "SuperTuning",
+        {
+            "supertuning_values": "values",
+            "supertuning_indices": "indices",
+            "supertuning_lora_A.weight": "lora_A",
+            "supertuning_lora_B.weight": "lora_B",
+        },
+        rare.supertuning,
+    ),
+    "FOURIERFT": KindSpec(
+        "FourierFT",
+        {"fourierft_spectrum": "spectrum"},
+        rare.fourierft,
+        config=("scaling", "random_loc_seed"),
+        layers=("linear", "conv1d_hf"),
+        needs="torch",
+    ),
+    "WAVEFT": KindSpec(
+        "WaveFT",
+        {"waveft_spectrum": "waveft_spectrum"},
+        rare.waveft,
+        config=("scaling", "random_loc_seed", "use_idwt", "wavelet_family"),
+        layers=("linear", "conv1d_hf"),
+        needs="peft",
+    ),
+    "DEFT": KindSpec(
+        "DEFT",
+        {"deft_P": "P", "deft_R": "R"},
+        rare.deft,
+        config=("decomposition_method", "alpha", "para"),
+        layers=("linear", "conv1d_hf"),
+    ),
+    "OSF": KindSpec("OSF", {f"osf_svd_params.{part}_low": part for part in "USV"}, rare.osf),
+    "FROD": KindSpec(
+        "FRoD",
+        {"frod_lambda_l": "lambda", "frod_lambda_s_values": "values"},
+        rare.frod,
+        shared_prefixes={"frod_V.": "V.", "frod_s_indices.": "places.", "frod_s_size.": "size."},
+        layers=("linear", "conv1d_hf"),
+    ),
+    "PSOFT": KindSpec(
+        "PSOFT",
+        {f"psoft_R.{part}": f"psoft_R.{part}" for part in ("weight", "vector_a", "vector_b")},
+        psoft,
+        config=("r", "psoft_alpha", "psoft_svd", "psoft_orth", "ab_svd_init", "use_cayley_neumann"),
+        needs="peft",
+    ),
+    "PEANUT": KindSpec(
+        "PEANuT",
+        {
+            "peanut_A.weight": "peanut_A.weight",
+            "peanut_B.weight": "peanut_B.weight",
+            **{
+                f"peanut_{side}.{depth}.weight": f"peanut_{side}.{depth}.weight"
+                for side in ("encoders", "decoders")
+                for depth in range(16)
+            },
+        },
+        peanut,
+        config=("r", "depth", "scaling", "act_fn"),
+        needs="peft",
+    ),
 }

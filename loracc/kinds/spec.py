@@ -28,6 +28,7 @@ class KindSpec:
         roles: Tail of a tensor's key (behind the module path) -> the role ``build`` knows it by.
         build: Makes the changes of one module.
         shared: Keys of tensors that belong to no module, without wrapper prefixes -> role.
+        shared_prefixes: Beginnings of such keys that a group's name follows -> beginning of the role it follows.
         optional: Parameters among the changes that a module may lack (a layer without bias).
         config: Fields of the configuration that change the result, for provenance and checks.
         layers: What PEFT adapts with it: "linear", "conv1d_hf", "conv1d", "conv2d", "conv3d", "embedding".
@@ -38,10 +39,18 @@ class KindSpec:
     roles: Mapping[str, str]
     build: Build
     shared: Mapping[str, str] = field(default_factory=dict)
+    shared_prefixes: Mapping[str, str] = field(default_factory=dict)
     optional: frozenset[str] = frozenset()
     config: tuple[str, ...] = ()
     layers: tuple[str, ...] = ("linear",)
     needs: str = ""
+
+    def shared_role(self, key: str) -> str | None:
+        """The role of a tensor that belongs to no module; None when the kind has no such tensor."""
+        for prefix, role in self.shared_prefixes.items():
+            if key.startswith(prefix):
+                return role + key.removeprefix(prefix)
+        return self.shared.get(key)
 
 
 def pattern_value(config: Config, pattern: str, default: str, module: str) -> object:

@@ -99,7 +99,7 @@ def by_role(tensors: Mapping[str, Tensor], spec: KindSpec) -> dict[str, Array]:
     arrays: dict[str, Array] = {}
     for key, tensor in tensors.items():
         name = key.removeprefix("base_model.").removeprefix("model.")
-        role = spec.shared.get(name) or spec.roles.get(name.removeprefix("layer."))
+        role = spec.shared_role(name) or spec.roles.get(name.removeprefix("layer."))
         assert role, f"{key} is in no table: roles {dict(spec.roles)}, shared {dict(spec.shared)}"
         arrays[role] = tensor.numpy()
     return arrays

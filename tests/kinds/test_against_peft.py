@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 
 from loracc.errors import UnsupportedError
-from tests.kinds.peft_cases import CASES, GAPS
+from tests.kinds.peft_cases import CASES, GAPS, LOOSE
 from tests.kinds.peft_layers import Wrapped, bare_layer, compare, wrap
 
 LAYERS = (
@@ -27,6 +27,8 @@ LAYERS = (
     "embedding",
 )
 TOLERANCE = 1e-10
+#: How PEFT's tuners say that they do not adapt a layer.
+REFUSALS = ("not supported", "does not support", "No layers types compatible", "No layer types compatible")
 
 # PEFT warns of settings it mends by itself (fan_in_fan_out, block sizes) and of the seeds of shared matrices.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -43,12 +45,16 @@ def grid() -> Iterator[dict[tuple[str, str], str]]:
 
 
 def wrapped(row: str, column: str) -> Wrapped | None:
-    """The layer under PEFT, or None where PEFT refuses it by name."""
+    """The layer under PEFT, or None where PEFT refuses it by name, or adapts nothing without a word (OSF)."""
     try:
-        return wrap(bare_layer(column), CASES[row]())
+        layer = wrap(bare_layer(column), CASES[row]())
+        return layer if layer.tensors else None
+    except KeyError:
+        assert row == "TinyLoRA", "PEFT 0.21.2's TinyLoRA fails so where no layer can be adapted"
+        return None
     except (TypeError, ValueError, NotImplementedError) as error:
         text = str(error)
-        assert any(word in text for word in ("not supported", "does not support", "No layers types compatible")), text
+        assert any(word in text for word in REFUSALS), text
         return None
 
 
@@ -61,13 +67,13 @@ def test_a_layer_folded_by_loracc_computes_what_peft_computes(row: str, grid: di
             grid[row, column] = "not in PEFT"
             continue
         if (row, column) in GAPS:
-            with pytest.raises((UnsupportedError, RuntimeError)):
+            with pytest.raises((UnsupportedError, RuntimeError, AssertionError)):
                 compare(under_peft, column)
-            grid[row, column] = GAPS[row, column].partition(":")[0].replace("PEFT's own forward fails", "PEFT fails")
+            grid[row, column] = GAPS[row, column]
             continue
         error, change = compare(under_peft, column)
         assert change > 1e-3, f"{row} on {column}: the adapter does nothing, the comparison shows nothing"
-        assert error < TOLERANCE, f"{row} on {column}: {error:.1e}"
+        assert error < LOOSE.get(row, TOLERANCE), f"{row} on {column}: {error:.1e}"
         grid[row, column] = f"{error:.1e}"
         measured += 1
     assert measured >= 1
