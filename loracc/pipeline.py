@@ -259,13 +259,12 @@ def _bind(
         raise InputError(
             "no adapter was given.", hint="Name one or more after the model: loracc fold MODEL ADAPTER -o OUT"
         )
+    from loracc.sources.hf_names import with_module_names
+
     try:
         return model, bind(model, adapters, maps=maps)
     except BindingError:
-        from loracc.sources.hf_names import with_module_names
-
-        renamed = None if model.traced else with_module_names(model)
-        model = renamed or model
+        model = (None if model.traced else with_module_names(model)) or model
         return model, bind(model, adapters, maps=maps, allow_unmatched=allow_unmatched)
 
 

@@ -7,6 +7,7 @@ module paths. The model is built around the mapped weights, so this costs an imp
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +21,7 @@ __all__ = ["with_module_names"]
 
 
 def with_module_names(model: BaseModel) -> BaseModel | None:
-    """A bare checkpoint with its sites under module paths too, after those under the file's own names.
+    """A bare checkpoint with its sites under module paths: those that transformers gives its tensors on loading.
 
     Returns:
         The model; None where its folder does not say its class, where torch or transformers is not installed, or where
@@ -33,20 +34,22 @@ def with_module_names(model: BaseModel) -> BaseModel | None:
         sources = parameter_sources(folder)
     except (InputError, UnsupportedError):  # then its names are the only ones it has
         return None
-    stored = {site.initializer: site for site in model.sites}
-    renamed = [
-        _renamed(stored[tensor], name) for name, tensor in sources.items() if tensor in stored and tensor != name
-    ]
+    known = {site.name for site in model.sites if site.consumer}
+    names: dict[str, list[str]] = {}
+    for name, tensor in sources.items():
+        if tensor is not None and name not in known:
+            names.setdefault(tensor, []).append(name)
     merged = [name for name, tensor in sources.items() if tensor is None]
-    if not renamed and not merged:
+    if all(found == [tensor] for tensor, found in names.items()) and not merged:
         return None
+    sites = [renamed for site in model.sites for renamed in _renamed(site, names.get(site.initializer, []))]
     notes = list(model.notes)
     if merged:
         notes.append(
             f"transformers computes {len(merged)} parameters from several tensors of the file, such as {merged[0]}: "
             "a delta on them can be folded into .onnx, not into the checkpoint"
         )
-    return replace(model, sites=SiteTable([*model.sites, *renamed]), notes=tuple(notes))
+    return replace(model, sites=SiteTable(sites), notes=tuple(notes))
 
 
 def _buildable(folder: Path) -> bool:
@@ -56,6 +59,15 @@ def _buildable(folder: Path) -> bool:
     return installed and folder.is_dir() and bool(read_config(folder).get("architectures"))
 
 
-def _renamed(site: Site, name: str) -> Site:
-    module, _, parameter = name.rpartition(".")
-    return replace(site, module=module, parameter=parameter)
+def _renamed(site: Site, names: Sequence[str]) -> list[Site]:
+    """The site under its module's name; a tied tensor has several, and each but the first is a reader of its own.
+
+    A tensor that the model does not use keeps its name, and so does a tied head that the checkpoint's reader knows.
+    """
+    if site.consumer or not names:
+        return [site]
+    parts = [name.rpartition(".") for name in names]
+    return [
+        replace(site, module=module, parameter=parameter, consumer="" if index == 0 else names[index])
+        for index, (module, _, parameter) in enumerate(parts)
+    ]
