@@ -33,10 +33,15 @@ SECOND = ".transposed"
 
 
 def module_scopes(node: ir.Node) -> tuple[str, ...]:
-    """The module paths a node was traced in, outermost first, without the node's own name; empty when not recorded."""
+    """The module paths a node was traced in, outermost first, without the node's own name; empty when not recorded.
+
+    Where torch's newer exporter left no list, the node's name is a path (``/encoder/layer.0/query/MatMul``) and only
+    the innermost is known.
+    """
     text = node.metadata_props.get(SCOPES_KEY)
     if text is None:
-        return ()
+        path, slash, _ = (node.name or "").rpartition("/")
+        return (path.strip("/").replace("/", "."),) if slash else ()
     try:
         scopes = ast.literal_eval(text)
     except (ValueError, SyntaxError):  # written by another tool: it tells nothing

@@ -15,12 +15,12 @@ from loracc.errors import InputError, UnsupportedError, require
 from loracc.model import BaseModel, LoadOptions
 from loracc.quiet import quiet
 from loracc.sources.checkpoint_files import read_config
-from loracc.sources.hf_inputs import TracedInput, plan_inputs
+from loracc.sources.hf_inputs import TracedInput
 from loracc.sources.hf_weights import MappedWeights, read_weights
+from loracc.sources.module_model import choose_inputs
 from loracc.sources.torch_export import name_dimensions, tied_groups, to_ir
 from loracc.sources.torch_sites import trace_sites
 from loracc.sources.torch_trace import TORCH_LOGGERS, reason_of, trace
-from loracc.sources.user_inputs import given_inputs, parse_dynamic_spec
 from loracc.tensors import PermutedTensor
 
 __all__ = ["load_huggingface", "parameter_sources"]
@@ -43,7 +43,7 @@ def load_huggingface(path: Path, options: LoadOptions) -> BaseModel:
         model_class, config = _model_class(path)
         weights = read_weights(path)
         built = _build(path, model_class, config, weights)
-        inputs = _inputs(built.model, path, options)
+        inputs = choose_inputs(built.model, path, options)
         try:
             graph, program = _export(built.model, weights, inputs, options)
         except UnsupportedError as error:  # some attention kernels cannot be traced; the plain one can
@@ -152,25 +152,6 @@ def _build(path: Path, model_class: Any, config: Any, weights: MappedWeights, at
 
 def _has_experts(model: Any) -> bool:
     return any(p.ndim == 3 and ".experts." in name for name, p in model.named_parameters())
-
-
-def _inputs(model: Any, path: Path, options: LoadOptions) -> list[TracedInput]:
-    """The class's own inputs, or the user's samples; an input that loracc knows keeps its dynamic axes."""
-    if not options.inputs and not options.inputs_file:
-        return plan_inputs(model, path)
-    try:
-        known = {traced.name: traced for traced in plan_inputs(model, path)}
-    except UnsupportedError:
-        known = {}
-    given = given_inputs(options, {name: traced.range for name, traced in known.items() if traced.range is not None})
-    dynamic = {(spec.name, spec.axis): spec.symbol for spec in map(parse_dynamic_spec, options.dynamic)}
-    inputs = []
-    for name, array in given.items():
-        own = known.get(name)
-        symbols = own.symbols if own and len(own.symbols) == array.ndim else (None,) * array.ndim
-        chosen = tuple(dynamic.get((name, axis), symbol) for axis, symbol in enumerate(symbols))
-        inputs.append(TracedInput(name, chosen, array, own.range if own else None))
-    return inputs
 
 
 def _export(

@@ -24,10 +24,10 @@ from loracc.tensors import dims
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["name_dimensions", "parameter_names", "tied_groups", "to_ir"]
+__all__ = ["SHARED_LIMIT", "name_dimensions", "parameter_names", "same_tensors", "tied_groups", "to_ir"]
 
 #: torch's exporter leaves the Transpose of a shared weight above this many elements (onnxscript's folding limit).
-_SHARED_LIMIT = 8192
+SHARED_LIMIT = 8192
 #: Node metadata worth keeping: how later tools find the module of a node. The rest holds this machine's paths.
 _KEPT_METADATA = (SCOPES_KEY, "namespace")
 
@@ -64,7 +64,7 @@ def to_ir(
         _attach(model.graph, lazy or {})
         InlinePass()(model)
         name_tied(model.graph, groups)
-        HoistTransposes(groups, _SHARED_LIMIT)(model)
+        HoistTransposes(groups, SHARED_LIMIT)(model)
         OptimizeGraph(protected)(model)
     strip_metadata(model)
     _name_outputs(model.graph, program)
@@ -117,10 +117,17 @@ def parameter_names(program: torch.export.ExportedProgram) -> frozenset[str]:
 
 def tied_groups(program: torch.export.ExportedProgram) -> list[tuple[str, ...]]:
     """Names of parameters that are one tensor (a tied embedding), in the program's order."""
+    return same_tensors(program.state_dict)
+
+
+def same_tensors(state: Mapping[str, torch.Tensor]) -> list[tuple[str, ...]]:
+    """Names of a state dict that are one and the same view of one storage."""
     groups: dict[tuple[Any, ...], list[str]] = {}
-    for name, tensor in program.state_dict.items():
+    for name, tensor in state.items():
         storage = tensor.untyped_storage()._cdata  # identity of the storage; data_ptr() is 0 on the meta device
-        groups.setdefault((storage, tensor.storage_offset(), *tensor.shape, *tensor.stride()), []).append(name)
+        if tensor.numel():
+            view = (storage, tensor.storage_offset(), *tensor.shape, *tensor.stride())
+            groups.setdefault(view, []).append(name)
     return [tuple(names) for names in groups.values() if len(names) > 1]
 
 
