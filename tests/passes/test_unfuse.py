@@ -135,7 +135,12 @@ def test_embedding() -> None:
 @pytest.mark.parametrize("groups", [1, 2])
 def test_convolution(groups: int) -> None:
     def nodes(x: ir.Value, w: ir.Value) -> list[ir.Node]:
-        attributes = {"pads": [1, 1, 1, 1], "strides": [2, 1], "group": groups, "kernel_shape": [3, 3]}
+        attributes: dict[str, int | list[int]] = {
+            "pads": [1, 1, 1, 1],
+            "strides": [2, 1],
+            "group": groups,
+            "kernel_shape": [3, 3],
+        }
         return [ir.node("Conv", [x, w], attributes=attributes)]
 
     model = build((2, 4, 7, 7), weight(6, 4 // groups, 3, 3), nodes)

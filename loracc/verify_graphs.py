@@ -1,0 +1,129 @@
+"""The graphs that are run to judge an output: the reference, the unfused model in the output's type, the output itself.
+
+bfloat16 has almost no kernels in ONNX Runtime's CPU provider. There it is emulated: weights are the bfloat16 ones,
+every operator computes in float32 and its result is rounded to bfloat16, and the runtime's optimizer is off so that no
+rounding is optimized away.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx_ir as ir
+from onnx_ir.passes.common import InlinePass
+
+from loracc.folded import Binding
+from loracc.passes.retype import RetypePass
+from loracc.passes.unfuse import Tap, UnfusePass
+from loracc.runners import OnnxRunner
+from loracc.verify_kernels import has_kernel
+from loracc.verify_options import VerifyOptions
+
+__all__ = ["FLOATS", "Prepared", "as_written", "in_reference", "uses_bfloat16", "with_outputs"]
+
+FLOATS = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.FLOAT, ir.DataType.DOUBLE)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A graph ready to run.
+
+    Attributes:
+        model: The graph, or the file as it is.
+        optimize: Whether the runtime may rewrite it.
+        notes: What had to be done to run it.
+        taps: Where the bound sites' results are, in an unfused graph.
+    """
+
+    model: ir.Model | Path
+    optimize: bool = True
+    notes: tuple[str, ...] = ()
+    taps: tuple[Tap, ...] = ()
+
+    def runner(self, options: VerifyOptions) -> OnnxRunner:
+        """A session on it.
+
+        Raises:
+            RunError: The runtime does not load it.
+        """
+        return OnnxRunner(self.model, provider=options.provider, threads=options.threads, optimize=self.optimize)
+
+
+def in_reference(base: ir.Model, bindings: Sequence[Binding], dtype: ir.DataType, *, taps: bool = False) -> Prepared:
+    """The base with ``bindings`` as branches, computed in ``dtype``; with no bindings, the base itself.
+
+    Args:
+        base: The original graph; left as it is.
+        bindings: The deltas.
+        dtype: FLOAT or DOUBLE.
+        taps: Make every bound site's result an output too.
+    """
+    graph, unfuse = _unfused(base, bindings)
+    notes = []
+    if taps:
+        with_outputs(graph, [tap.after for tap in unfuse.taps])
+    opsets = graph.graph.opset_imports
+    retype = RetypePass(
+        dtype, keep_outputs=False, in_float=lambda node, values: not has_kernel(node, values, dtype, opsets)
+    )
+    retype(graph)
+    if retype.wrapped:
+        kinds = ", ".join(sorted({name.split()[0] for name in retype.wrapped}))
+        notes.append(f"{len(retype.wrapped)} reference nodes run in float32, having no {dtype.name} kernel: {kinds}")
+    if unfuse.replaced:
+        reasons = "; ".join(sorted(set(unfuse.replaced.values())))
+        notes.append(f"{len(unfuse.replaced)} weights of the reference are W + ΔW, not a branch: {reasons}")
+    return Prepared(graph, optimize=False, notes=tuple(notes), taps=tuple(unfuse.taps))
+
+
+def as_written(
+    model: ir.Model | Path, graph: ir.Model, bindings: Sequence[Binding] = (), dtype: ir.DataType | None = None
+) -> Prepared:
+    """A model in its own type: the file as it is where that runs, the graph with emulated rounding where it does not.
+
+    Args:
+        model: What to run: the file, or the graph.
+        graph: Its graph.
+        bindings: Deltas to insert as branches.
+        dtype: Change the graph's float types to this one first.
+    """
+    changed = bool(bindings) or dtype is not None
+    unfused, _ = _unfused(graph, bindings) if changed or uses_bfloat16(graph) else (graph, None)
+    if dtype is not None:
+        RetypePass(dtype, sources=FLOATS)(unfused)
+    if uses_bfloat16(unfused):
+        bf16 = ir.DataType.BFLOAT16
+        RetypePass(ir.DataType.FLOAT, sources=[bf16], rounding=bf16, keep_outputs=False)(unfused)
+        note = "bfloat16 is emulated: float32 operators, every result rounded to bfloat16, no graph optimizations"
+        return Prepared(unfused, optimize=False, notes=(note,))
+    return Prepared(unfused if changed else model)
+
+
+def uses_bfloat16(model: ir.Model) -> bool:
+    """Whether anything in the graph is bfloat16."""
+    if any(value.dtype == ir.DataType.BFLOAT16 for value in model.graph.initializers.values()):
+        return True
+    nodes = ir.traversal.RecursiveGraphIterator(model.graph)
+    return any(value.dtype == ir.DataType.BFLOAT16 for node in nodes for value in node.outputs)
+
+
+def with_outputs(model: ir.Model, names: Sequence[str]) -> list[str]:
+    """Make inner values outputs too, in place; those that are there and of the main graph. Returns their names."""
+    values = {str(value.name): value for node in model.graph for value in node.outputs}
+    there = {str(value.name) for value in model.graph.outputs}
+    for name in names:
+        if name in values and name not in there:
+            model.graph.outputs.append(values[name])
+            there.add(name)
+    return [name for name in names if name in there]
+
+
+def _unfused(base: ir.Model, bindings: Sequence[Binding]) -> tuple[ir.Model, UnfusePass]:
+    graph = base.clone()
+    unfuse = UnfusePass(bindings)
+    unfuse(graph)
+    if graph.functions:
+        InlinePass()(graph)
+    return graph, unfuse

@@ -1,0 +1,50 @@
+"""What a verification may be told, with the documented defaults."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import onnx_ir as ir
+
+from loracc.dtypes import Array
+
+__all__ = ["VerifyOptions"]
+
+
+@dataclass(frozen=True)
+class VerifyOptions:
+    """Settings of :func:`loracc.verify.verify`.
+
+    Attributes:
+        inputs: Inputs by name, in place of the model's own and of random ones.
+        seed: Of the random inputs and of the bootstrap.
+        draws: How many sets of inputs.
+        dtype: The output was written in this dtype on purpose (``fold --dtype``); found out when None.
+        multiple: The folded model may be this many times as wrong as the unfused model in the output's own type. Both
+            errors are maxima over the same outputs and inputs; maxima of equally distributed errors were within a
+            factor of 2.5 of each other in the trials of tests/test_verify_trials.py.
+        floor: In unit roundoffs of the output's type: an error below this is never a failure.
+        end_to_end: Run the models; the weights are checked in any case.
+        memory_share: Share of the free memory that the reference may take; above it, end to end is skipped.
+        optimized_bytes: Largest model whose graph is also compared after the runtime's optimizer.
+        provider, threads: Of the runtime.
+        latency: Compare latency too.
+        margin: Latency ratios inside 1 ± this are equal.
+        seconds: Time to spend on latency.
+    """
+
+    inputs: Mapping[str, Array] = field(default_factory=dict)
+    seed: int = 0
+    draws: int = 3
+    dtype: ir.DataType | None = None
+    multiple: float = 4.0
+    floor: float = 8.0
+    end_to_end: bool = True
+    memory_share: float = 0.4
+    optimized_bytes: int = 1 << 30
+    provider: str = "cpu"
+    threads: int = 0
+    latency: bool = False
+    margin: float = 0.02
+    seconds: float = 30.0

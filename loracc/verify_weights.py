@@ -1,0 +1,298 @@
+"""The weights of the output against a float64 oracle, and every other tensor byte for byte (DESIGN.md 4 and 5).
+
+Each bound weight is compared slab by slab; every other tensor, and every row of a fused weight that no delta is bound
+to, must have the base's bytes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from loracc.dtypes import Array, is_float, round_to, unit_roundoff
+from loracc.folded import Binding, FoldedTensor
+from loracc.progress import NoProgress, Progress
+from loracc.sites import Layout
+from loracc.tensors import dims, read_rows, tile_rows
+from loracc.verdict import Weights, WeightSite
+from loracc.verify_oracle import half_ulp, oracle_slabs
+from loracc.verify_structure import Pair
+
+__all__ = ["SLACK", "check_weights", "required_share"]
+
+#: DESIGN.md 4: what float32 arithmetic before the rounding may cost, relative to |W| + |s|Σ|B||A|.
+SLACK = 2.0**-21
+_COPY_BYTES = 8 << 20
+
+
+def required_share(dtype: ir.DataType) -> float:
+    """Share of elements that must be the correctly rounded value: 99.99 % of 16-bit ones, 99.9 % of wider ones."""
+    return 0.9999 if dtype.bitwidth <= 16 else 0.999
+
+
+def check_weights(
+    base: ir.Model, out: ir.Model, pairs: Sequence[Pair], bindings: Sequence[Binding], progress: Progress | None = None
+) -> Weights:
+    """Compare every paired initializer.
+
+    Args:
+        base: The original graph; a weight that only changes its dtype may be a :class:`FoldedTensor` of no deltas.
+        out: What was written.
+        pairs: Which initializer of the output stands for which of the base.
+        bindings: The deltas, at sites of the base.
+        progress: Told of the bytes compared.
+    """
+    progress = progress or NoProgress()
+    ours, theirs = base.graph.initializers, out.graph.initializers
+    progress.begin("verifying", sum(_tensor(theirs[pair.out]).nbytes for pair in pairs))
+    sites: list[WeightSite] = []
+    changed: list[str] = []
+    untouched = effect = 0.0
+    seen: set[int] = set()
+    for pair in pairs:
+        before, after = _tensor(ours[pair.base]), _tensor(theirs[pair.out])
+        here = _of_pair(pair, bindings)
+        seen.update(map(id, here))
+        if not here:
+            same = _same(before, after)
+            untouched += same
+            changed += [] if same else [pair.out]
+        elif not _comparable(before, after):
+            sites.append(_unlike(pair, here, before, after))
+        else:
+            site, moved = _check_site(pair.out, before, after, here)
+            sites.append(site)
+            effect = max(effect, moved)
+        progress.advance(after.nbytes, pair.out)
+    progress.end()
+    missing = [binding.site.name for binding in bindings if id(binding) not in seen]
+    return _judge(sites, changed, int(untouched), missing, effect)
+
+
+def _judge(sites: list[WeightSite], changed: list[str], untouched: int, missing: list[str], effect: float) -> Weights:
+    failed = [site for site in sites if site.reason]
+    reasons = []
+    if missing:
+        reasons.append(f"the output has no weight for {_listed(missing)}")
+    worst = max(sites, key=lambda site: (bool(site.reason), site.worst_excess), default=None)
+    if failed and worst is not None:
+        more = f" ({len(failed)} of {len(sites)} weights are wrong)" if len(sites) > 1 else ""
+        reasons.append(f"{worst.name}: {worst.reason}{more}")
+    if changed:
+        reasons.append(f"no delta is bound to {_listed(changed)}, and the bytes differ from the base's")
+    if sites and not missing and effect == 0.0:
+        reasons.append("no signal: every delta is zero, so a right and a wrong fold look the same")
+    if not sites and not missing:
+        reasons.append("no signal: no delta is bound to any weight")
+    return Weights(
+        "fail" if reasons else "pass",
+        "; ".join(reasons),
+        tuple(sites),
+        untouched,
+        tuple(changed),
+        worst.name if worst else "",
+        max((site.max_relative_error for site in sites), default=None),
+        # One rounding and the slack, relative to the largest element.
+        max((unit_roundoff(ir.DataType[site.dtype]) + 2 * SLACK for site in sites), default=None),
+    )
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
+
+
+def _tensor(value: ir.Value) -> ir.TensorProtocol:
+    if value.const_value is None:
+        raise AssertionError(f"initializer {value.name!r} has no value")
+    return value.const_value
+
+
+def _of_pair(pair: Pair, bindings: Sequence[Binding]) -> list[Binding]:
+    """The bindings that act on this copy of the base's initializer: all, or those whose reader reads it here."""
+    return [
+        binding
+        for binding in bindings
+        if binding.site.initializer == pair.base and binding.site.consumer in ("", *pair.readers)
+    ]
+
+
+def _source(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
+    """The weight as it was before a change of dtype."""
+    return tensor.base if isinstance(tensor, FoldedTensor) and not tensor.bindings else tensor
+
+
+def _comparable(before: ir.TensorProtocol, after: ir.TensorProtocol) -> bool:
+    return dims(before) == dims(after) and is_float(after.dtype) and is_float(before.dtype)
+
+
+def _unlike(pair: Pair, bindings: Sequence[Binding], before: ir.TensorProtocol, after: ir.TensorProtocol) -> WeightSite:
+    reason = f"{after.dtype.name}{list(dims(after))} in the output, {before.dtype.name}{list(dims(before))} in the base"
+    name, adapter = _names(bindings)
+    return WeightSite(
+        name,
+        pair.out,
+        adapter,
+        after.dtype.name,
+        0.0,
+        required_share(after.dtype),
+        math.inf,
+        math.inf,
+        None,
+        None,
+        reason,
+    )
+
+
+def _names(bindings: Sequence[Binding]) -> tuple[str, str]:
+    sites = dict.fromkeys(binding.site.name for binding in bindings)
+    return ", ".join(sites), ", ".join(dict.fromkeys(binding.adapter for binding in bindings))
+
+
+def _same(before: ir.TensorProtocol, after: ir.TensorProtocol) -> bool:
+    """Byte for byte, in chunks; a weight whose dtype changed must be the base's, rounded once."""
+    if dims(before) != dims(after) or before.dtype != after.dtype:
+        return False
+    if before.dtype.bitwidth < 8:
+        return before.tobytes() == after.tobytes()
+    shape = dims(before)
+    length = shape[0] if shape else 1
+    step = tile_rows(shape, int(before.dtype.itemsize), _COPY_BYTES)
+    return all(
+        read_rows(before, lo, min(lo + step, length)).tobytes()
+        == read_rows(after, lo, min(lo + step, length)).tobytes()
+        for lo in range(0, length, step)
+    )
+
+
+@dataclass
+class _Sums:
+    """What the slabs of one initializer add up to."""
+
+    elements: int = 0
+    correct: int = 0
+    excess: float = 0.0
+    error: float = 0.0
+    largest: float = 0.0
+    weight: float = 0.0
+    change: float = 0.0
+    lost: float = 0.0
+    finite: bool = True
+    foreign: int = 0  # elements of no site that changed
+    along: float = 0.0  # <W' − W, ΔW>: over ‖ΔW‖² it is the strength at which the delta is there
+
+    def add(self, original: Array, exact: Array, actual: Array, rounded: Array, slack: Array | None) -> None:
+        """One slab: W, the oracle and W' in float64, the oracle rounded, and |W|+|s|Σ|B||A| where it is needed."""
+        self.elements += actual.size
+        self.correct += int(np.count_nonzero(actual == rounded))
+        difference = np.abs(actual - exact)
+        self.finite &= bool(np.isfinite(actual).all())
+        self.error = max(self.error, float(difference.max(initial=0.0)))
+        self.largest = max(self.largest, float(np.abs(exact).max(initial=0.0)))
+        self.weight += float(np.sum(original**2))
+        self.change += float(np.sum((exact - original) ** 2))
+        self.lost += float(np.sum(difference**2))
+        self.along += float(np.sum((actual - original) * (exact - original)))
+        if slack is not None:
+            self.excess = max(self.excess, float(np.max(difference / slack, initial=0.0)))
+
+
+def _check_site(
+    name: str, before: ir.TensorProtocol, after: ir.TensorProtocol, bindings: Sequence[Binding]
+) -> tuple[WeightSite, float]:
+    """One initializer of the output; also ‖ΔW‖."""
+    base, sums = _source(before), _Sums()
+    for layout, here in _by_layout(bindings):
+        for original, exact, actual, magnitude in oracle_slabs(base, after, layout, here):
+            rounded = round_to(exact, after.dtype).astype(np.float64)
+            wrong = not np.array_equal(rounded, actual)
+            slack = half_ulp(exact, after.dtype) + SLACK * magnitude() if wrong else None
+            with np.errstate(invalid="ignore"):  # inf − inf, when the output holds inf: found and said by add()
+                sums.add(original, exact, actual, rounded, slack)
+    sums.foreign = _foreign(base, after, bindings)
+    site_name, adapter = _names(bindings)
+    norm = math.sqrt(sums.change)
+    site = WeightSite(
+        name=site_name,
+        initializer=name,
+        adapter=adapter,
+        dtype=after.dtype.name,
+        correctly_rounded=sums.correct / max(sums.elements, 1),
+        required=required_share(after.dtype),
+        worst_excess=sums.excess,
+        max_relative_error=sums.error / sums.largest if sums.largest else sums.error,
+        relative_norm=norm / math.sqrt(sums.weight) if sums.weight else None,
+        survived=max(0.0, 1.0 - math.sqrt(sums.lost) / norm) if norm else None,
+        reason=_reason(sums, required_share(after.dtype)),
+    )
+    return site, norm
+
+
+def _reason(sums: _Sums, required: float) -> str:
+    share = sums.correct / max(sums.elements, 1)
+    if not sums.finite:
+        return "the output's weight holds inf or NaN"
+    found = []
+    if share < required:
+        found.append(f"{100 * share:.4g} % of its elements are correctly rounded, {100 * required:g} % are needed")
+    if sums.excess > 1.0:
+        found.append(f"an element is {sums.excess:.3g} times further from W + ΔW than rounding once allows")
+    if sums.foreign:
+        found.append(f"{sums.foreign} elements outside the bound rows changed")
+    return ", ".join(found) + (_diagnosis(sums) if found and sums.change else "")
+
+
+def _diagnosis(sums: _Sums) -> str:
+    strength = sums.along / sums.change
+    remaining = math.sqrt(max(sums.lost - (strength - 1.0) ** 2 * sums.change, 0.0) / sums.change)
+    if remaining > 0.5:
+        return "; the change that is there is another one"
+    if abs(strength) < 1e-3:
+        return "; the delta is not there"
+    return f"; the delta is there at {strength:.5g} of its strength" if abs(strength - 1.0) > 1e-4 else ""
+
+
+def _by_layout(bindings: Sequence[Binding]) -> list[tuple[Layout, list[Binding]]]:
+    """Sites that lie in the same place (two readers of a tied weight) add up."""
+    groups: dict[Layout, list[Binding]] = {}
+    for binding in bindings:
+        groups.setdefault(binding.site.layout, []).append(binding)
+    return list(groups.items())
+
+
+def _foreign(before: ir.TensorProtocol, after: ir.TensorProtocol, bindings: Sequence[Binding]) -> int:
+    """How many elements of no bound site changed (the other blocks of a fused weight)."""
+    layouts = {binding.site.layout for binding in bindings}
+    if any(layout.whole for layout in layouts) or not dims(after):
+        return 0
+    shape = dims(after)
+    free = np.ones(shape, bool) if len({_rows_axis(layout) for layout in layouts}) > 1 else None
+    axis = _rows_axis(next(iter(layouts)))
+    outside = np.ones(shape[axis], bool)
+    for layout in layouts:
+        if free is not None:
+            (free.transpose(layout.perm) if layout.perm else free)[layout.start : layout.stop] = False
+        outside[layout.start : layout.stop] = False
+    step = tile_rows(shape, int(after.dtype.itemsize), _COPY_BYTES)
+    count = 0
+    for lo in range(0, shape[0], step):
+        hi = min(lo + step, shape[0])
+        old, new = (read_rows(t, lo, hi) for t in (before, after))
+        if old.dtype != new.dtype:
+            old = round_to(old.astype(np.float64), after.dtype)
+        differs = old.view(f"u{old.dtype.itemsize}") != new.view(f"u{new.dtype.itemsize}")
+        if free is not None:
+            count += int(np.count_nonzero(differs & free[lo:hi]))
+        else:
+            mask = outside[lo:hi] if axis == 0 else outside
+            count += int(np.count_nonzero(np.compress(mask, differs, axis=axis)))
+    return count
+
+
+def _rows_axis(layout: Layout) -> int:
+    """The stored axis that holds the site's rows."""
+    return layout.perm[0] if layout.perm else 0
