@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,6 @@ from loracc.errors import BindingError, CheckFailed, InputError
 
 if TYPE_CHECKING:
     from loracc.adapter import Adapter
-    from loracc.formats import AdapterSpec
     from loracc.job import Job
     from loracc.model import BaseModel
     from loracc.passes.bind_adapter import BindResult
@@ -24,6 +23,9 @@ if TYPE_CHECKING:
 __all__ = ["FoldResult", "bench", "fold", "verify"]
 
 Path_ = str | Path
+
+#: Fields of ``AdapterOptions`` that only some formats ask for.
+_SETTLING = ("dora_axis", "moe_layout", "component", "enable_lora", "heads")
 
 
 @dataclass
@@ -71,12 +73,8 @@ def fold(
     adapters: Sequence[Path_] = (),
     output: Path_ = "",
     *,
-    alpha: float | None = None,
-    scale: float | None = None,
     maps: Sequence[str] = (),
-    base: Path_ | None = None,
     allow_unmatched: bool = False,
-    residual_base: bool = False,
     dtype: str | None = None,
     external: str = "auto",
     verify: bool = True,
@@ -84,7 +82,7 @@ def fold(
     dry_run: bool = False,
     force: bool = False,
     progress: Progress | None = None,
-    **load: Any,
+    **options: Any,
 ) -> FoldResult:
     """Fold adapters into a model's weights and write the result.
 
@@ -92,11 +90,8 @@ def fold(
         model: A model file or folder; its kind is told from its bytes.
         adapters: Files or folders, each optionally ``NAME=PATH`` and ``PATH@WEIGHT``; they add up in this order.
         output: ``.onnx``, ``.pt2``, ``.safetensors`` or a folder; decides what is written.
-        alpha, scale: For adapter files that do not say theirs.
         maps: ``OLD=NEW`` renamings of the adapter's modules.
-        base: The original checkpoint, for binding by content.
         allow_unmatched: Report adapter keys that fit nowhere instead of refusing.
-        residual_base: ``model`` is the residual base of a PiSSA-family adapter.
         dtype: "fp32", "fp16" or "bf16": dtype of the weights written; the model's own when None.
         external: Where an ``.onnx`` keeps its weights: "auto", "inline" or "data".
         verify: Prove the result before it is moved into place.
@@ -104,13 +99,14 @@ def fold(
         dry_run: Plan only.
         force: Replace the output if it exists.
         progress: Told what is going on; None is silent.
-        load: Fields of :class:`loracc.model.LoadOptions`.
+        options: Fields of :class:`loracc.model.LoadOptions` (how to read the model) and of
+            :class:`loracc.formats.AdapterOptions` (what an adapter's file does not say, such as ``alpha``).
 
     Raises:
         LoraccError: The input or the call is wrong (exit code 2 of the command line).
         CheckFailed: What was written is not what was asked for; nothing was moved into place (exit code 1).
     """
-    from loracc.formats import parse_adapter_spec
+    from loracc.formats import load_adapter, parse_adapter_spec
     from loracc.job import Job
     from loracc.lower import lower, stamp_provenance
     from loracc.report import write_report
@@ -119,8 +115,9 @@ def fold(
     specs = [parse_adapter_spec(str(adapter)) for adapter in adapters]
     inputs = [Path(model), *(Path(spec.path) for spec in specs)]
     job.check(inputs, force=force or dry_run)
+    load, told = _split(options)
     loaded = _load(model, load, graph=job.target.needs_graph)
-    read = _read_adapters(specs, alpha, scale, residual_base, bool(load.get("allow_pickle")))
+    read = [load_adapter(spec.path, name=spec.name, **told).scaled(spec.weight) for spec in specs]
     loaded, bound = _bind(loaded, read, maps, allow_unmatched)
     lowered = lower(loaded, job.dtype)
     if loaded.traced:
@@ -145,18 +142,15 @@ def verify(
     output: Path_,
     adapters: Sequence[Path_] = (),
     *,
-    alpha: float | None = None,
-    scale: float | None = None,
     maps: Sequence[str] = (),
     allow_unmatched: bool = False,
-    residual_base: bool = False,
     latency: bool = False,
     margin: float = 0.02,
     seed: int = 0,
     reports: Sequence[Path_] = (),
     junit: Path_ | None = None,
     progress: Progress | None = None,
-    **load: Any,
+    **options: Any,
 ) -> Verification:
     """Prove that ``output`` is ``base`` with the adapters folded in.
 
@@ -169,21 +163,23 @@ def verify(
         seed: Of the sampled inputs.
         reports: ``.json`` files to write the verdicts to.
         junit: File to write the verdicts to as JUnit XML.
+        options: As for :func:`fold`.
 
     Raises:
         LoraccError: The input or the call is wrong. A check that says no raises nothing: see ``verdict``.
     """
-    from loracc.formats import parse_adapter_spec
+    from loracc.formats import load_adapter, parse_adapter_spec
     from loracc.report import write_junit, write_report
     from loracc.targets import target_for
     from loracc.verify import VerifyOptions
     from loracc.verify import verify as judge
 
     graph = target_for(output).needs_graph
+    load, told = _split(options)
     loaded = _load(base, load, graph=graph)
     made = _load(output, {}, graph=graph)
     specs = [parse_adapter_spec(str(adapter)) for adapter in adapters]
-    read = _read_adapters(specs, alpha, scale, residual_base, bool(load.get("allow_pickle")))
+    read = [load_adapter(spec.path, name=spec.name, **told).scaled(spec.weight) for spec in specs]
     loaded, bound = _bind(loaded, read, maps, allow_unmatched)
     result = judge(loaded, made, bound.bindings, VerifyOptions(latency=latency, margin=margin, seed=seed))
     for path in reports:
@@ -233,20 +229,19 @@ def _load(path: Path_, load: dict[str, Any], *, graph: bool) -> BaseModel:
     from loracc.model import LoadOptions
     from loracc.sources import load_model
 
-    return load_model(path, LoadOptions(**{**load, "graph": graph}))
+    told = {name: value for name, value in load.items() if name not in _SETTLING}
+    return load_model(path, LoadOptions(**told, graph=graph))
 
 
-def _read_adapters(
-    specs: Sequence[AdapterSpec], alpha: float | None, scale: float | None, residual_base: bool, allow_pickle: bool
-) -> list[Adapter]:
-    from loracc.formats import load_adapter
+def _split(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(options of the model's reader, options of the adapters' reader); some are both's."""
+    from loracc.formats import AdapterOptions
+    from loracc.model import LoadOptions
 
-    return [
-        load_adapter(
-            spec.path, name=spec.name, alpha=alpha, scale=scale, allow_pickle=allow_pickle, residual_base=residual_base
-        ).scaled(spec.weight)
-        for spec in specs
-    ]
+    load, told = ({f.name for f in fields(cls)} for cls in (LoadOptions, AdapterOptions))
+    if unknown := options.keys() - load - told:
+        raise TypeError(f"unknown options: {', '.join(sorted(unknown))}")
+    return {k: v for k, v in options.items() if k in load}, {k: v for k, v in options.items() if k in told}
 
 
 def _bind(

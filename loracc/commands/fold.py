@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from loracc.commands.options import adapter_options, console, load_options, model_options, output_options
+from loracc.commands.options import adapter_options, console, model_options, output_options
 
 __all__ = ["fold"]
 
@@ -60,9 +60,8 @@ def fold(model: str, adapters: tuple[str, ...], output: str, as_json: bool, quie
 
     out = console(as_json=as_json, quiet=quiet)
     values["verify"] = not values.pop("no_verify")
-    load = load_options(values)
     with progress_for(quiet=quiet) as progress:
-        result = pipeline.fold(model, adapters, output, progress=progress, **load, **values)
+        result = pipeline.fold(model, adapters, output, progress=progress, **values)
     report.print_fold(result, out)
     if as_json:
         click.echo(json.dumps(result.to_json()))

@@ -7,9 +7,30 @@ from typing import Any, TypeVar
 
 import click
 
-__all__ = ["adapter_options", "console", "load_options", "model_options", "output_options"]
+__all__ = ["adapter_options", "console", "model_options", "output_options"]
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _switches(_context: click.Context, _option: click.Parameter, text: str | None) -> tuple[bool, ...] | None:
+    """``1,0,1`` or ``true,false,true``."""
+    known = {"1": True, "true": True, "0": False, "false": False}
+    if text is None:
+        return None
+    words = [word.strip().lower() for word in text.split(",")]
+    if not set(words) <= set(known):
+        raise click.BadParameter(f"{text!r}: expected 1 or 0 for each part of the outputs, as in 1,0,1.")
+    return tuple(known[word] for word in words)
+
+
+def _heads(_context: click.Context, _option: click.Parameter, text: str | None) -> tuple[int, int] | None:
+    """``32`` or ``32,8``."""
+    if text is None:
+        return None
+    words = text.split(",")
+    if len(words) > 2 or not all(word.strip().isdigit() for word in words):
+        raise click.BadParameter(f"{text!r}: expected the number of heads, and of key-value heads: 32,8.")
+    return int(words[0]), int(words[-1])
 
 
 def model_options(command: F) -> F:
@@ -56,7 +77,34 @@ def adapter_options(command: F) -> F:
         (
             click.option("--alpha", type=float, help="lora_alpha of an adapter file that does not say it."),
             click.option("--scale", type=float, help="The whole factor on B·A, in place of alpha/r."),
-            click.option("--base", metavar="DIR", type=click.Path(), help="Original checkpoint, to bind by content."),
+            click.option(
+                "--component",
+                metavar="NAME",
+                help="Which model of a pipeline is meant (unet, text_encoder, ...), where a file adapts several.",
+            ),
+            click.option(
+                "--dora-axis",
+                type=click.Choice(["out", "in"]),
+                help="What a flat DoRA magnitude of a square weight counts.",
+            ),
+            click.option(
+                "--moe-layout",
+                type=click.Choice(["peft", "unsloth"]),
+                help="How the factors of stacked experts are packed in a PEFT file.",
+            ),
+            click.option(
+                "--enable-lora",
+                metavar="1,0,1",
+                callback=_switches,
+                help="loralib's MergedLinear: which parts of its outputs are adapted.",
+            ),
+            click.option(
+                "--gguf-heads",
+                "heads",
+                metavar="HEADS[,KV]",
+                callback=_heads,
+                help="Attention heads of the base, for a GGUF adapter with reordered rows.",
+            ),
             click.option(
                 "--map",
                 "maps",
@@ -90,12 +138,6 @@ def output_options(command: F) -> F:
     ):
         command = option(command)
     return command
-
-
-def load_options(values: dict[str, Any]) -> dict[str, Any]:
-    """The model options among a command's parameters, taken out of ``values``."""
-    names = ("allow_pickle", "inputs", "inputs_file", "dynamic", "opset", "task", "factory")
-    return {name: values.pop(name) for name in names}
 
 
 def console(*, as_json: bool, quiet: bool) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from loracc.commands.options import adapter_options, console, load_options, model_options, output_options
+from loracc.commands.options import adapter_options, console, model_options, output_options
 
 __all__ = ["verify"]
 
@@ -58,9 +58,8 @@ def verify(base: str, output: str, adapters: tuple[str, ...], as_json: bool, qui
     from loracc.progress import progress_for
 
     out = console(as_json=as_json, quiet=quiet)
-    load = load_options(values)
     with progress_for(quiet=quiet) as progress:
-        result = pipeline.verify(base, output, adapters, progress=progress, **load, **values)
+        result = pipeline.verify(base, output, adapters, progress=progress, **values)
     report.print_verification(result, out)
     if as_json:
         click.echo(json.dumps(result.to_json()))
