@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +14,7 @@ from loracc.adapter import Delta
 from loracc.blas import one_blas_thread
 from loracc.dtypes import Array, all_finite, compute_dtype, round_to
 from loracc.errors import NumericsError
-from loracc.rows import Rows, RowsBase
+from loracc.rows import Rows, RowsBase, give_back
 from loracc.sites import Site
 from loracc.tensors import TiledTensor, dims, open_rows, read_rows
 
@@ -84,15 +84,31 @@ class FoldedTensor(TiledTensor):
         self._statistics: dict[int, Array | None] = {}
         self._lock = threading.Lock()
 
-    def open_rows(self) -> Rows:
-        return _FoldedRows(self)
+    def open_rows(self, *, few: bool = False) -> Rows:
+        return _FoldedRows(self, few=few)
 
     def compute_rows(self, lo: int, hi: int) -> Array:
         shape = dims(self)
         result = np.empty((hi - lo, *shape[1:]) if shape else (), self.dtype.numpy())
-        with self.open_rows() as rows:
+        with self.open_rows(few=True) as rows:
             rows.fill(lo, hi, result)
         return result
+
+    def probe(self, spans: Iterable[tuple[int, int]]) -> Iterator[tuple[Array, Array, Array]]:
+        """(weight, exact result, rounded result) of some spans of rows: for estimates, and cheaper than asking thrice.
+
+        The rounded values may differ from those of the whole in their last bit (see :func:`block_rows`).
+        """
+        shape = dims(self)
+        folding = _Folding(self, self.compute_dtype)
+        with open_rows(self.base, few=True) as base, one_blas_thread():
+            for lo, hi in spans:
+                stored = np.empty((hi - lo, *shape[1:]) if shape else (), self.base.dtype.numpy())
+                base.fill(lo, hi, stored)
+                original = stored.astype(self.compute_dtype)
+                exact = original.copy()
+                folding.apply(exact, lo, hi)
+                yield original, exact, round_to(exact, self.dtype)
 
     def exact_rows(self, lo: int, hi: int, dtype: np.dtype[np.generic] | None = None) -> Array:
         """Rows ``lo`` to ``hi`` before the rounding, in the compute dtype or a higher one."""
@@ -108,6 +124,8 @@ class FoldedTensor(TiledTensor):
 
     def statistic(self, binding: Binding) -> Array | None:
         """What the delta's first pass over the weight found; computed once, when first asked for."""
+        if type(binding.delta).prepare is Delta.prepare:
+            return None  # a kind without a first pass
         with self._lock:
             if id(binding) not in self._statistics:
                 self._statistics[id(binding)] = self._prepare(binding)
@@ -130,7 +148,7 @@ class FoldedTensor(TiledTensor):
                 replaced.apply(exact, lo, hi)
                 return _slab(exact, site, shape, lo, hi)[0]
 
-            return binding.delta.converted(self.compute_dtype).prepare(read, axis, length, rows)
+            return _converted(binding.delta, self.compute_dtype).prepare(read, axis, length, rows)
 
     def check_finite(self, rounded: Array, lo: int, hi: int) -> None:
         """Raise NumericsError, naming the sites, when rows ``lo`` to ``hi`` did not stay finite."""
@@ -163,13 +181,13 @@ def block_rows(shape: Sequence[int]) -> int:
 class _FoldedRows(RowsBase):
     """A pass over a folded tensor: reads a tile of the base, folds it block by block where it lies."""
 
-    def __init__(self, tensor: FoldedTensor) -> None:
+    def __init__(self, tensor: FoldedTensor, *, few: bool = False) -> None:
         self._tensor = tensor
         self._shape = dims(tensor)
         self._step = block_rows(self._shape)
         self._folding = _Folding(tensor, tensor.compute_dtype)
         self._exact = np.empty((self._step, *self._shape[1:]) if self._shape else (), tensor.compute_dtype)
-        self._base = open_rows(tensor.base)
+        self._base = open_rows(tensor.base, few=few)
 
     def close(self) -> None:
         self._base.__exit__(None, None, None)
@@ -209,7 +227,7 @@ class _Folding:
         self._groups: list[tuple[Site, list[Delta], list[tuple[Binding, Delta]]]] = []
         for site in dict.fromkeys(binding.site for binding in tensor.bindings):
             if only is None or site == only:
-                here = [(b, b.delta.converted(dtype)) for b in tensor.bindings if b.site == site]
+                here = [(b, _converted(b.delta, dtype)) for b in tensor.bindings if b.site == site]
                 first = [delta for _, delta in here if delta.replaces]
                 rest = [] if replaces else [(b, delta) for b, delta in here if not delta.replaces]
                 self._groups.append((site, first, rest))
@@ -233,6 +251,15 @@ class _Folding:
         for binding, delta in changes:
             changed = delta.apply_slab(original.copy(), axis, start, stop, self._tensor.statistic(binding))
             view += changed - original
+
+
+def _converted(delta: Delta, dtype: np.dtype[np.generic]) -> Delta:
+    """The delta for many slabs; what it was made of need not stay in memory beside it."""
+    converted = delta.converted(dtype)
+    if converted is not delta:
+        for array in delta.arrays().values():
+            give_back(array)
+    return converted
 
 
 def _slab(stored: Array, site: Site, shape: Sequence[int], lo: int, hi: int) -> tuple[Array, int, int]:

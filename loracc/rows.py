@@ -18,7 +18,16 @@ import numpy as np
 from loracc.dtypes import Array
 from loracc.errors import InputError
 
-__all__ = ["ArrayRows", "FileRows", "Rows", "RowsBase", "TransposedRows", "transpose_into"]
+__all__ = [
+    "ArrayRows",
+    "FileRows",
+    "Rows",
+    "RowsBase",
+    "TransposedRows",
+    "give_back",
+    "mapped",
+    "transpose_into",
+]
 
 #: Bytes of the output panel that a transposing reader keeps.
 PANEL_BYTES = 8 << 20
@@ -26,6 +35,31 @@ PANEL_BYTES = 8 << 20
 _RESIDENT_BYTES = 16 << 20
 #: Source rows turned at a time.
 _SLAB_ROWS = 128
+
+
+def mapped(path: str | os.PathLike[str]) -> Array:
+    """The bytes of a file as a read-only array that is read when looked at; see :func:`give_back`.
+
+    The caller has checked that what it will look at lies inside the file.
+    """
+    with open(path, "rb") as file:
+        if not os.fstat(file.fileno()).st_size:
+            return np.empty(0, np.uint8)
+        return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+
+
+def give_back(array: Array) -> None:
+    """Free the memory that a look at a :func:`mapped` array took; it is read again at the next look.
+
+    Without effect on any other array: only the map itself knows that its pages can be had again.
+    """
+    base: object = array
+    while isinstance(base, (np.ndarray, memoryview)):
+        base = base.base if isinstance(base, np.ndarray) else base.obj
+    if isinstance(base, mmap.mmap) and hasattr(base, "madvise") and array.flags.c_contiguous and array.nbytes:
+        start = array.ctypes.data - np.frombuffer(base, np.uint8, 1).ctypes.data
+        first = start // mmap.PAGESIZE * mmap.PAGESIZE
+        base.madvise(mmap.MADV_DONTNEED, first, start + array.nbytes - first)
 
 
 class Rows(Protocol):
@@ -110,7 +144,10 @@ class TransposedRows(RowsBase):
         shape: Sequence[int],
         dtype: np.dtype[np.generic],
         name: str = "",
+        *,
+        few: bool = False,
     ) -> None:
+        """``few``: only some rows will be asked for, so that no more are turned than that."""
         self._rows, self._columns = shape
         length = math.prod(shape) * dtype.itemsize
         page = offset % mmap.ALLOCATIONGRANULARITY
@@ -124,7 +161,7 @@ class TransposedRows(RowsBase):
         self._source = np.frombuffer(self._map, bits, math.prod(shape), page).reshape(shape)
         group = max(16 // dtype.itemsize, 1)
         padded = -(-self._rows // group) * group
-        height = max(8, PANEL_BYTES // max(padded * dtype.itemsize, 1) // 8 * 8)
+        height = 8 if few else max(8, PANEL_BYTES // max(padded * dtype.itemsize, 1) // 8 * 8)
         self._panel = np.empty((min(height, self._columns), padded), bits)
         self._held = (0, 0)
 

@@ -57,10 +57,13 @@ def lies_in_file(tensor: ir.TensorProtocol) -> bool:
     return isinstance(tensor, ir.ExternalTensor) and tensor.dtype.bitwidth >= 8
 
 
-def open_rows(tensor: ir.TensorProtocol) -> Rows:
-    """A pass over a tensor's rows that fills the caller's buffers (see :mod:`loracc.rows`); close it after."""
+def open_rows(tensor: ir.TensorProtocol, *, few: bool = False) -> Rows:
+    """A pass over a tensor's rows that fills the caller's buffers (see :mod:`loracc.rows`); close it after.
+
+    ``few`` says that only some of the rows will be asked for.
+    """
     if isinstance(tensor, TiledTensor):
-        return tensor.open_rows()
+        return tensor.open_rows(few=few)
     if isinstance(tensor, ir.ExternalTensor) and lies_in_file(tensor):
         return FileRows(tensor.path, tensor.offset or 0, tensor.name)
     return ArrayRows(tensor.numpy())
@@ -79,7 +82,7 @@ def read_rows(tensor: ir.TensorProtocol, lo: int, hi: int) -> Array:
         return array[lo:hi] if array.ndim else array
     shape = dims(tensor)
     result = np.empty((hi - lo, *shape[1:]) if shape else (), tensor.dtype.numpy())
-    with open_rows(tensor) as rows:
+    with open_rows(tensor, few=True) as rows:
         rows.fill(lo, hi, result)
     return result
 
@@ -104,7 +107,7 @@ class TiledTensor(ir.LazyTensor):
     def compute_rows(self, lo: int, hi: int) -> Array:
         """Rows ``lo`` to ``hi`` in the tensor's dtype."""
 
-    def open_rows(self) -> Rows:
+    def open_rows(self, *, few: bool = False) -> Rows:
         """A pass over the rows; kinds that can fill a buffer without an array of their own override it."""
         return _ComputedRows(self)
 
@@ -160,15 +163,18 @@ class PermutedTensor(TiledTensor):
         self.base = base
         self.perm = tuple(perm)
 
-    def open_rows(self) -> Rows:
+    def open_rows(self, *, few: bool = False) -> Rows:
         base = self.base
         if self.perm == (1, 0) and isinstance(base, ir.ExternalTensor) and lies_in_file(base) and base.size:
-            return TransposedRows(base.path, base.offset or 0, dims(base), self.dtype.numpy(), base.name)
+            return TransposedRows(base.path, base.offset or 0, dims(base), self.dtype.numpy(), base.name, few=few)
         return ArrayRows(base.numpy().transpose(self.perm))
 
     def compute_rows(self, lo: int, hi: int) -> Array:
-        # ExternalTensor.numpy() is a memory map: only the pages under these columns are touched.
-        return np.ascontiguousarray(self.base.numpy().transpose(self.perm)[lo:hi])
+        shape = dims(self)
+        result = np.empty((hi - lo, *shape[1:]) if shape else (), self.dtype.numpy())
+        with self.open_rows(few=True) as rows:
+            rows.fill(lo, hi, result)
+        return result
 
 
 class _ComputedRows(RowsBase):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from loracc import rows
 from loracc.dtypes import all_finite, round_to
-from loracc.rows import FileRows, TransposedRows, transpose_into
+from loracc.rows import FileRows, TransposedRows, give_back, mapped, transpose_into
 
 
 @pytest.mark.parametrize("itemsize", [1, 2, 4, 8])
@@ -78,3 +78,30 @@ def test_rounding_keeps_what_is_not_finite() -> None:
     result = round_to(values, ir.DataType.BFLOAT16).astype(np.float64)
     np.testing.assert_array_equal(result, [np.inf, -np.inf, np.nan, np.inf, -np.inf, 3.3895313892515355e38, 0.0, -0.0])
     assert np.signbit(result[-1])
+
+
+def resident_file_bytes() -> int:
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("RssFile:")[2].split()[0]) * 1024
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's own accounting")
+def test_what_was_looked_at_is_given_back(tmp_path: Path) -> None:
+    size = 64 << 20
+    (tmp_path / "w").write_bytes(bytes(1000) + np.ones(size, np.uint8).tobytes())
+    array = mapped(tmp_path / "w")[1000:].view(np.float32).reshape(-1, 1 << 20)
+    before = resident_file_bytes()
+    total = int(array.view(np.uint8).sum())
+    assert total == size
+    assert resident_file_bytes() - before > size * 0.9
+    give_back(array)
+    assert resident_file_bytes() - before < size * 0.1
+    assert int(array.view(np.uint8).sum()) == total
+
+
+def test_other_arrays_are_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "w").write_bytes(b"")
+    for array in (np.ones((3, 4)), np.ones((3, 4)).T, np.ones(()), mapped(tmp_path / "w")):
+        before = array.copy()
+        give_back(array)
+        assert (array == before).all()

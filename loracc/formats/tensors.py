@@ -1,4 +1,4 @@
-"""An adapter's tensors, read whole: they are small, and every one is looked at before anything is done with it."""
+"""An adapter's tensors. Every one is looked at before anything is done with it, and none is kept in memory for that."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ import numpy as np
 
 from loracc.dtypes import Array, all_finite
 from loracc.errors import InputError, NumericsError, require
-from loracc.sources.safetensors_file import read_header, tensor_of
+from loracc.rows import give_back, mapped
+from loracc.sources.safetensors_file import TensorInfo, read_header
 
 __all__ = ["check_tensors", "digest_of", "read_tensors", "some"]
 
@@ -39,7 +40,14 @@ def read_tensors(path: Path, *, allow_pickle: bool = False) -> tuple[dict[str, A
     if start.startswith((b"PK", b"\x80")):
         return _read_torch(path, allow_pickle), {}
     header = read_header(path)
-    return {info.name: np.array(tensor_of(info).numpy()) for info in header.tensors}, header.metadata
+    data = mapped(path)
+    return {info.name: _view(data, info) for info in header.tensors}, header.metadata
+
+
+def _view(data: Array, info: TensorInfo) -> Array:
+    """One tensor of the mapped file; a copy where it begins between two elements."""
+    array: Array = data[info.offset : info.offset + info.nbytes].view(info.dtype.numpy()).reshape(info.shape)
+    return array if array.flags.aligned else array.copy()
 
 
 def _read_torch(path: Path, allow_pickle: bool) -> dict[str, Array]:
@@ -81,12 +89,18 @@ def check_tensors(path: Path, tensors: Mapping[str, Array]) -> None:
             f"{path}: {len(odd)} tensors are not of a float dtype: {some(odd)}.",
             hint="Adapter tensors are float16, bfloat16, float32 or float64: dequantise or save again.",
         )
-    broken = [key for key, array in tensors.items() if not all_finite(array)]
+    broken = [key for key, array in tensors.items() if not _finite(array)]
     if broken:
         raise NumericsError(
             f"{path}: {len(broken)} tensors hold inf or NaN: {some(broken)}.",
             hint="The adapter is damaged, or its training diverged.",
         )
+
+
+def _finite(array: Array) -> bool:
+    finite = all_finite(array)
+    give_back(array)
+    return finite
 
 
 def digest_of(tensors: Mapping[str, Array], facts: Mapping[str, Any]) -> str:
@@ -95,7 +109,8 @@ def digest_of(tensors: Mapping[str, Array], facts: Mapping[str, Any]) -> str:
     for key in sorted(tensors):
         array = tensors[key]
         digest.update(json.dumps([key, str(array.dtype), list(array.shape)]).encode())
-        digest.update(np.ascontiguousarray(array).tobytes())
+        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+        give_back(array)
     digest.update(json.dumps(dict(facts), sort_keys=True, separators=(",", ":"), default=str).encode())
     return digest.hexdigest()
 
