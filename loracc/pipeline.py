@@ -24,9 +24,6 @@ __all__ = ["FoldResult", "bench", "fold", "verify"]
 
 Path_ = str | Path
 
-#: Fields of ``AdapterOptions`` that only some formats ask for.
-_SETTLING = ("dora_axis", "moe_layout", "component", "enable_lora", "heads")
-
 
 @dataclass
 class FoldResult:
@@ -229,8 +226,7 @@ def _load(path: Path_, load: dict[str, Any], *, graph: bool) -> BaseModel:
     from loracc.model import LoadOptions
     from loracc.sources import load_model
 
-    told = {name: value for name, value in load.items() if name not in _SETTLING}
-    return load_model(path, LoadOptions(**told, graph=graph))
+    return load_model(path, LoadOptions(**{**load, "graph": graph}))
 
 
 def _split(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -144,4 +144,7 @@ def console(*, as_json: bool, quiet: bool) -> Any:
     """Where tables and messages go: stdout, or stderr when stdout is for JSON; nowhere when quiet."""
     from rich.console import Console
 
-    return Console(stderr=as_json, quiet=quiet, highlight=False, soft_wrap=False)
+    found = Console(stderr=as_json, quiet=quiet, highlight=False)
+    if not found.is_terminal:
+        found.width = 160  # nobody's window: module paths stay whole in a log
+    return found
