@@ -6,7 +6,7 @@ import numpy as np
 
 from loracc.dtypes import Array
 
-__all__ = ["circulant_blocks", "hadamard", "kronecker", "tucker"]
+__all__ = ["block_diagonal", "circulant_blocks", "hadamard", "kronecker", "tucker"]
 
 
 def hadamard(left: tuple[Array, Array], right: tuple[Array, Array], scale: float) -> Array:
@@ -42,3 +42,15 @@ def circulant_blocks(kernels: Array) -> Array:
     m, n, size = kernels.shape
     index = (np.arange(size)[None, :] - np.arange(size)[:, None]) % size
     return kernels[:, :, index].transpose(0, 2, 1, 3).reshape(m * size, n * size)
+
+
+def block_diagonal(stacked: Array, blocks: int) -> Array:
+    """A factor of BD-LoRA whole: ``[rows, columns/blocks]`` cut by rows into blocks that lie on a diagonal.
+
+    Returns ``[rows, columns]`` (Wang et al. 2025, BD-LoRA; PEFT ``tuners/lora/variants.py``, ``BlockDiagonalLinear``).
+    """
+    rows, width = stacked.shape
+    result = np.zeros((blocks, rows // blocks, blocks, width), stacked.dtype)
+    index = np.arange(blocks)
+    result[index, :, index] = stacked.reshape(blocks, rows // blocks, width)
+    return result.reshape(rows, blocks * width)

@@ -79,11 +79,26 @@ def is_transposed(entry: Entry, weight: Weight) -> bool | None:
     """Whether an oblong weight of a checkpoint is stored as ``[in, out]``; None where its shape does not tell."""
     if weight.settled or entry.delta.replaces or entry.fan_in_fan_out is False:
         return None
-    wanted = () if isinstance(entry.delta, PendingDelta) else entry.delta.shape
+    if isinstance(entry.delta, PendingDelta):
+        if len(weight.shape) != 2:
+            return None
+        straight, turned = (_resolves(entry.delta, shape) for shape in (weight.shape, weight.shape[::-1]))
+        if straight == turned and weight.shape[0] != weight.shape[1]:
+            return bool(entry.fan_in_fan_out)  # a kind that would fit any shape
+        return None if straight == turned else turned
+    wanted = entry.delta.shape
     if len(wanted) != 2:
         return None
     straight, turned = fits(wanted, weight.shape), fits(wanted, weight.shape[::-1])
     return None if straight == turned else turned
+
+
+def _resolves(delta: PendingDelta, shape: tuple[int, ...]) -> bool:
+    """Whether a delta that waits for its weight's shape can be made for this one."""
+    try:
+        return fits(delta.resolve(shape).shape, shape)
+    except (BindingError, UnsupportedError):
+        return False
 
 
 def fit(entry: Entry, weight: Weight, evidence: Collection[bool] = ()) -> tuple[Site, Delta]:

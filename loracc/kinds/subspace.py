@@ -1,8 +1,8 @@
-"""Kinds that replace a subspace of the weight: DEFT, OSF and FRoD."""
+"""Kinds that replace a subspace of the weight: DEFT, OSF, KaSA and FRoD."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
@@ -10,7 +10,7 @@ import numpy as np
 from loracc.dtypes import Array
 from loracc.kinds.base import SlabLocal
 
-__all__ = ["DEFT", "OSF", "FRoD"]
+__all__ = ["DEFT", "OSF", "FRoD", "KaSA"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,10 +65,48 @@ class OSF(_Whole):
         return (self.u.shape[0], self.v.shape[1])
 
     def transform(self, w: Array, lo: int, hi: int) -> Array:
-        u, s, v = np.linalg.svd(w, full_matrices=False)
-        keep = len(s) - len(self.s)
-        high = (u[:, :keep] * s[:keep]) @ v[:keep]
-        return high + (self.u.astype(w.dtype) * self.s.astype(w.dtype)) @ self.v.astype(w.dtype)
+        return truncated(w, len(self.s)) + (self.u.astype(w.dtype) * self.s.astype(w.dtype)) @ self.v.astype(w.dtype)
+
+
+def truncated(w: Array, count: int) -> Array:
+    """``w`` without its ``count`` smallest singular triplets."""
+    u, s, v = np.linalg.svd(w, full_matrices=False)
+    keep = len(s) - count
+    return (u[:, :keep] * s[:keep]) @ v[:keep]
+
+
+@dataclass(frozen=True, eq=False)
+class KaSA(_Whole):
+    """W' = W_high + s·B·diag(d)·A, W_high without W's r smallest singular triplets (Wang et al. 2024, equation 4).
+
+    ``a`` ``[r, in]``, ``b`` ``[out, r]``, ``diagonal`` ``[r]``. A strength acts on the product only, as PEFT's
+    ``scale_layer`` does: the triplets stay out.
+    """
+
+    kind: ClassVar[str] = "kasa"
+    a: Array
+    b: Array
+    diagonal: Array
+    s: float
+
+    @property
+    def shape(self) -> tuple[int | None, ...]:
+        return (self.b.shape[0], self.a.shape[1])
+
+    @property
+    def rank(self) -> int:
+        return int(self.a.shape[0])
+
+    @property
+    def scale(self) -> float:
+        return self.s
+
+    def scaled(self, weight: float) -> KaSA:
+        return replace(self, s=self.s * weight)
+
+    def transform(self, w: Array, lo: int, hi: int) -> Array:
+        a, b, diagonal = (x.astype(w.dtype) for x in (self.a, self.b, self.diagonal))
+        return truncated(w, self.rank) + (b * (diagonal * w.dtype.type(self.s))) @ a
 
 
 @dataclass(frozen=True, eq=False)
