@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from loracc.adapter import Adapter
+from loracc.adapter import Adapter, PendingDelta
 from loracc.model import BaseModel, LoadOptions
 from loracc.tensors import dims
 
@@ -49,7 +49,7 @@ def describe_adapter(adapter: Adapter) -> dict[str, Any]:
                 "kind": entry.delta.kind,
                 "rank": entry.delta.rank,
                 "scale": entry.delta.scale,
-                "shape": list(entry.delta.shape),
+                "shape": None if isinstance(entry.delta, PendingDelta) else list(entry.delta.shape),
             }
             for entry in adapter.entries
         ],

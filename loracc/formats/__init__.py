@@ -17,6 +17,8 @@ from loracc.errors import InputError
 from loracc.formats.adapter_options import AdapterOptions
 from loracc.formats.adapter_source import CONFIG, WEIGHTS, AdapterSource, open_source
 from loracc.formats.adapter_spec import AdapterSpec, parse_adapter_spec
+from loracc.formats.kohya import is_kohya, read_kohya
+from loracc.formats.lycoris import is_lycoris, read_lycoris
 from loracc.formats.peft import is_peft, read_peft
 from loracc.formats.tensors import some
 
@@ -41,7 +43,11 @@ class AdapterFormat:
 
 
 #: Tried in this order; the first whose content matches reads the file.
-FORMATS: tuple[AdapterFormat, ...] = (AdapterFormat("peft", is_peft, read_peft),)
+FORMATS: tuple[AdapterFormat, ...] = (
+    AdapterFormat("kohya", is_kohya, read_kohya),
+    AdapterFormat("lycoris", is_lycoris, read_lycoris),
+    AdapterFormat("peft", is_peft, read_peft),
+)
 
 
 def load_adapter(
