@@ -206,6 +206,7 @@ class _Binder:
         chosen = [site for site in sites if _rank(site) == best]
         if len(chosen) > 1 and len({site.initializer for site in chosen}) == 1:
             # One tensor, read in several ways under its one name: a tied embedding whose other module is not known.
+            chosen = list(dict.fromkeys(chosen))
             chosen = [site for site in chosen if site.kind == "embedding"] or chosen
         if len(chosen) > 1:
             where = ", ".join(f"{site.initializer!r} ({site.kind})" for site in chosen)

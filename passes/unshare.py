@@ -8,14 +8,15 @@ Each group of sites with equal deltas gets one initializer:
 3. The group of the site whose parameter the initializer is named after keeps it, else the unchanged group does, else
    the first; every other group gets a clone under its first site's own name.
 
-No node is added: the readers of a clone take it in the place of the original. In a graph without nodes (a bare
-checkpoint) there are no readers, and a clone is a new tensor that whoever writes the checkpoint has to add.
+Sites with one ``consumer`` are one reader: other names of one parameter, or blocks of a fused one. No node is added:
+the readers of a clone take it in place of the original. In a graph without nodes (a bare checkpoint) ``consumer`` is a
+tied module's own name, and a clone is a new tensor that whoever writes the checkpoint adds.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -64,51 +65,61 @@ class UnsharePass(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, modified=len(self.clones) > before)
 
     def _unshare(self, model: ir.Model, value: ir.Value, bindings: Sequence[Binding]) -> None:
-        sites = self._sites_of(model, value, bindings)
-        if len(sites) < 2 or not _overlap(sites):
+        readers = self._readers_of(value, bindings)
+        sites = [site for group in readers.values() for site in group]
+        if len(readers) < 2 or not _overlap(sites):
             return
-        groups: dict[tuple[str, ...], list[Site]] = {}
-        deltas = {site: _deltas_of(site, bindings) for site in sites}
-        for site in sites:
-            groups.setdefault(tuple(_signature(b.delta) for b in deltas[site]), []).append(site)
-        keeper = _keeper(groups, str(value.name))
+        leading = _leading(readers)
+        deltas = {reader: _deltas_of(reader, readers, bindings, leading) for reader in readers}
+        groups: dict[tuple[str, ...], list[str]] = {}
+        for reader in readers:
+            groups.setdefault(tuple(_signature(b.delta) for b in deltas[reader]), []).append(reader)
+        keeper = _keeper(groups, readers, str(value.name))
         clear_bindings(value)
-        annotate(model, [_at(b, groups[keeper][0]) for b in deltas[groups[keeper][0]]])
+        annotate(model, deltas[groups[keeper][0]])
         for key, group in groups.items():
             if key != keeper:
-                self._clone(model, value, group, deltas[group[0]])
+                self._clone(model, value, [site for reader in group for site in readers[reader]], deltas[group[0]])
 
-    def _sites_of(self, model: ir.Model, value: ir.Value, bindings: Sequence[Binding]) -> list[Site]:
-        """The initializer's sites that lie on one another; a bound site's settled layout stands for the table's."""
+    def _readers_of(self, value: ir.Value, bindings: Sequence[Binding]) -> dict[str, list[Site]]:
+        """The initializer's sites by the node that reads them; sites of one reader are names or parts of one thing.
+
+        A bound site's settled layout stands for the table's.
+        """
         bound = {(b.site.name, b.site.consumer): b.site for b in bindings}
         table = [site for site in self.sites if site.initializer == value.name]
         sites = [bound.pop((site.name, site.consumer), site) for site in table] + list(bound.values())
-        if not self.sites and any(site.consumer for site in sites) and _other_readers(value, sites):
-            sites.append(Site("", "", "other", str(value.name)))  # readers that nobody listed keep the original
-        return list(dict.fromkeys(sites))
+        readers: dict[str, list[Site]] = {}
+        for site in sites:
+            readers.setdefault(site.consumer, []).append(site)
+        if not table and readers and _other_readers(value, readers):
+            readers.setdefault(
+                "", [Site("", "", "other", str(value.name))]
+            )  # nobody listed them: they keep the original
+        return readers
 
-    def _clone(self, model: ir.Model, value: ir.Value, group: Sequence[Site], bindings: Sequence[Binding]) -> None:
-        base, name = value.const_value, _free_name(model, value, group)
+    def _clone(self, model: ir.Model, value: ir.Value, sites: Sequence[Site], bindings: Sequence[Binding]) -> None:
+        base, name = value.const_value, _free_name(model, value, sites)
         if base is None:
             raise AssertionError(f"initializer {value.name!r} has deltas and no value")
-        views = {_taken_over(model, value, site) for site in group}
+        views = {_taken_over(model, value, site) for site in sites}
         if len(views) > 1:
-            raise UnsupportedError(f"{group[0].name}: the shared weight {value.name!r} is read in several layouts.")
+            raise UnsupportedError(f"{sites[0].name}: the shared weight {value.name!r} is read in several layouts.")
         (perm,) = views
         tensor = _renamed(base, perm, name)
         clone = ir.Value(name=name, shape=ir.Shape(dims(tensor)), type=ir.TensorType(tensor.dtype), const_value=tensor)
         clone.metadata_props.update(value.metadata_props)
         model.graph.register_initializer(clone)
-        moved = tuple(
-            replace(site, initializer=name, layout=_layout_in(site.layout, perm), consumer="") for site in group
-        )
-        for site in group:
+        for site in sites:
             self._rewire(model, value, site, clone)
-        annotate(model, [_at(binding, moved[0]) for binding in bindings])
-        now = dict(zip(group, moved, strict=True))
-        names = {(site.name, site.consumer, site.initializer): moved_site for site, moved_site in now.items()}
-        self.sites = [names.get((site.name, site.consumer, site.initializer), site) for site in self.sites]
-        self.clones.append(Clone(str(value.name), name, moved))
+
+        def moved(site: Site) -> Site:
+            return replace(site, initializer=name, layout=_layout_in(site.layout, perm), consumer="")
+
+        annotate(model, [_at(binding, moved(binding.site)) for binding in bindings])
+        gone = {(site.name, site.consumer, site.initializer) for site in sites}
+        self.sites = [moved(s) if (s.name, s.consumer, s.initializer) in gone else s for s in self.sites]
+        self.clones.append(Clone(str(value.name), name, tuple(moved(site) for site in sites)))
 
     def _rewire(self, model: ir.Model, value: ir.Value, site: Site, clone: ir.Value) -> None:
         """The site's reader takes the clone."""
@@ -132,22 +143,24 @@ def _ends_before(one: Site, other: Site) -> bool:
     return one.layout.stop is not None and one.layout.stop <= other.layout.start
 
 
-def _deltas_of(site: Site, bindings: Sequence[Binding]) -> list[Binding]:
-    """A site's own bindings, and those that a tied site passes on to it (rule 1)."""
-    own = [binding for binding in bindings if _same(binding.site, site)]
+def _deltas_of(
+    reader: str, readers: Mapping[str, Sequence[Site]], bindings: Sequence[Binding], leading: Collection[str]
+) -> list[Binding]:
+    """A reader's own bindings, and those that a leading one passes on to it (rule 1)."""
+    own = [binding for binding in bindings if binding.site in readers[reader]]
     kinds = {(binding.adapter, binding.delta.kind) for binding in own}
-    tied = [b for b in bindings if b.delta.follows_tying and b not in own and _leads(b.site)]
-    passed = [b for b in tied if (b.adapter, b.delta.kind) not in kinds]
-    return sorted([*own, *passed], key=bindings.index)
+    leaders = [site for name in leading for site in readers[name]]
+    tied = [b for b in bindings if b.delta.follows_tying and b.site in leaders and b not in own]
+    return [*(_at(b, readers[reader][0]) for b in tied if (b.adapter, b.delta.kind) not in kinds), *own]
 
 
-def _leads(site: Site) -> bool:
-    """Whether other modules are tied to this one: an embedding, or the one that the tensor is named after."""
-    return site.kind == "embedding" or site.name == site.initializer
-
-
-def _same(one: Site, other: Site) -> bool:
-    return (one.name, one.consumer, one.initializer) == (other.name, other.consumer, other.initializer)
+def _leading(readers: Mapping[str, Sequence[Site]]) -> list[str]:
+    """The readers that others are tied to: the embedding, or what the tensor is named after."""
+    return [
+        reader
+        for reader, sites in readers.items()
+        if not reader or any(site.kind == "embedding" or site.name == site.initializer for site in sites)
+    ]
 
 
 def _signature(delta: Delta) -> str:
@@ -159,9 +172,11 @@ def _signature(delta: Delta) -> str:
     return digest.hexdigest()
 
 
-def _keeper(groups: dict[tuple[str, ...], list[Site]], name: str) -> tuple[str, ...]:
+def _keeper(
+    groups: Mapping[tuple[str, ...], Sequence[str]], readers: Mapping[str, Sequence[Site]], name: str
+) -> tuple[str, ...]:
     """Rule 3."""
-    named = [key for key, group in groups.items() if any(site.name == name for site in group)]
+    named = [key for key, group in groups.items() if any(site.name == name for r in group for site in readers[r])]
     return next(iter([*named, *(key for key in groups if not key), *groups]))
 
 
@@ -237,6 +252,5 @@ def _layout_in(layout: Layout, perm: tuple[int, ...]) -> Layout:
     return replace(layout, perm=() if turned == tuple(range(len(turned))) else turned)
 
 
-def _other_readers(value: ir.Value, sites: Sequence[Site]) -> bool:
-    consumers = {site.consumer for site in sites}
+def _other_readers(value: ir.Value, consumers: Collection[str]) -> bool:
     return any(node.name not in consumers for node, _ in value.uses())

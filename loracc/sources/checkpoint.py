@@ -13,6 +13,7 @@ from loracc.model import BaseModel, LoadOptions
 from loracc.sites import TRANSPOSED, Layout, Site, SiteTable
 from loracc.sources.checkpoint_files import STEMS, CheckpointFiles, is_index, read_config, read_files
 from loracc.sources.safetensors_file import tensor_of
+from loracc.sources.tied_weights import tied_head
 from loracc.tensors import dims
 
 __all__ = ["CheckpointFiles", "checkpoint_model", "checkpoint_sites", "load_checkpoint", "read_files"]
@@ -88,6 +89,11 @@ def checkpoint_sites(tensors: Iterable[ir.TensorProtocol], config: dict[str, Any
         conv1d = parameter == "weight" and len(tensor.shape) == 2 and _is_conv1d(module, transposed)
         layout = TRANSPOSED if conv1d else Layout()
         sites.append(Site(module, parameter, "linear" if conv1d else "other", name, layout))
+    if tied := tied_head({site.initializer for site in sites}, config):
+        head, embedding = tied
+        module, _, parameter = head.rpartition(".")
+        # There is no node that reads it; its own name says that it is another reader than the embedding.
+        sites.append(Site(module, parameter, "linear", embedding, consumer=head))
     return sites
 
 
