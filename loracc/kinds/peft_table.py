@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from loracc.kinds import peft_low_rank as low_rank
 from loracc.kinds import peft_native as native
 from loracc.kinds import peft_rare as rare
 from loracc.kinds.peft_bridge import peanut, psoft
@@ -69,7 +70,7 @@ PEFT_KINDS: dict[str, KindSpec] = {
             "vblora_logits_B_topk_indices": "B_indices",
             "vblora_logits_B_topk_weights": "B_weights",
         },
-        rare.vblora,
+        low_rank.vblora,
         shared={"vblora_vector_bank": "bank"},
         config=("topk",),
         layers=("linear", "conv1d_hf"),
@@ -78,7 +79,7 @@ PEFT_KINDS: dict[str, KindSpec] = {
         "RandLoRA",
         # PEFT 0.21.2 also writes a copy of the shared bases for every layer.
         {"randlora_lambda": "lambda", "randlora_gamma": "gamma", "randlora_A": "A", "randlora_B": "B"},
-        rare.randlora,
+        low_rank.randlora,
         shared={"randlora_A": "A", "randlora_B": "B"},
         config=("randlora_alpha",),
         layers=("linear", "conv1d_hf"),
@@ -86,7 +87,7 @@ PEFT_KINDS: dict[str, KindSpec] = {
     "PVERA": KindSpec(
         "PVeRA",
         {"pvera_lambda_b": "lambda_b", "pvera_lambda_d": "lambda_d"},
-        rare.pvera,
+        low_rank.pvera,
         shared={"pvera_A": "A", "pvera_B": "B"},
         config=("sample_at_inference",),
         layers=("linear", "conv1d_hf"),
@@ -94,19 +95,19 @@ PEFT_KINDS: dict[str, KindSpec] = {
     "DELORA": KindSpec(
         "DeLoRA",
         {"delora_A": "A", "delora_B": "B", "delora_lambda": "lambda", "delora_w_norm": "w_norm"},
-        rare.delora,
+        low_rank.delora,
     ),
     "UNILORA": KindSpec(
         "UniLoRA",
         {f"unilora_{what}_{side}": f"{what}_{side}" for what in ("indices", "scales") for side in "AB"},
-        rare.unilora,
+        low_rank.unilora,
         shared={"unilora_theta_d": "theta"},
         layers=("linear", "conv1d_hf"),
     ),
     "TINYLORA": KindSpec(
         "TinyLoRA",
         {"tinylora_A": "A", "tinylora_B": "B", "tinylora_P": "P"},
-        rare.tinylora,
+        low_rank.tinylora,
         shared_prefixes={"tinylora_v.": "v."},
         layers=("linear", "conv1d_hf", "embedding"),
     ),
@@ -118,7 +119,7 @@ PEFT_KINDS: dict[str, KindSpec] = {
             "gralora_A_general.weight": "A_general",
             "gralora_B_general.weight": "B_general",
         },
-        rare.gralora,
+        low_rank.gralora,
         config=("alpha", "r", "hybrid_r"),
         layers=("linear", "conv1d_hf"),
     ),

@@ -6,11 +6,13 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from loracc.adapter import Delta, PendingDelta
 from loracc.dtypes import Array
 from loracc.errors import BindingError, InputError
 
-__all__ = ["Build", "Config", "KindSpec", "number", "pattern_value", "pending", "take"]
+__all__ = ["Build", "Config", "KindSpec", "number", "pattern_value", "pending", "take", "take64"]
 
 Config = Mapping[str, object]
 
@@ -86,6 +88,11 @@ def take(arrays: Mapping[str, Array], role: str, kind: str, module: str) -> Arra
     if role not in arrays:
         raise InputError(f"{module}: the {kind} adapter has no tensor {role!r}; found {', '.join(sorted(arrays))}.")
     return arrays[role]
+
+
+def take64(arrays: Mapping[str, Array], role: str, kind: str, module: str) -> Array:
+    """``take``, in float64: what is multiplied into another factor before the fold."""
+    return take(arrays, role, kind, module).astype(np.float64)
 
 
 def pending(arrays: Mapping[str, Array], kind: str, module: str, make: Callable[[tuple[int, ...]], Delta]) -> Delta:

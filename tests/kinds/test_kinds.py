@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import peft
 import pytest
 import torch
@@ -14,6 +15,7 @@ from loracc.adapter import Entry, PendingDelta
 from loracc.algebra_products import block_diagonal
 from loracc.deltas import LowRank
 from loracc.errors import BindingError, InputError, UnsupportedError
+from loracc.folded import Binding, FoldedTensor
 from loracc.kinds.base import read_whole
 from loracc.kinds.peft_table import PEFT_KINDS
 from loracc.kinds.subspace import KaSA
@@ -229,3 +231,20 @@ def test_a_checkpoint_weight_that_lies_the_other_way_round_is_turned(row: str) -
     settled, delta = fit(entry, Weight(site, (16, 24), settled=False))
     assert settled.layout == TRANSPOSED
     assert delta.shape == (24, 16)
+
+
+@pytest.mark.parametrize(
+    "row", ["LoHa", "LoKr", "OFT", "BOFT", "HRA", "MiSS", "MiSS bat", "IA3", "RoAd 1", "DEFT", "OSF"]
+)
+@pytest.mark.parametrize("layout", [Layout(), TRANSPOSED], ids=["out-in", "in-out"])
+def test_a_kind_folds_as_a_lazy_tensor_in_either_layout(row: str, layout: Layout) -> None:
+    wrapped = wrap(bare_layer("linear"), CASES[row]())
+    spec = PEFT_KINDS[str(wrapped.config["peft_type"])]
+    delta = spec.build(by_role(wrapped.tensors, spec), wrapped.config, "layer")["weight"].resolve((24, 16))
+    layer: Any = wrapped.base
+    canonical = layer.weight.detach().numpy().astype(np.float32)
+    stored = np.ascontiguousarray(canonical.T if layout == TRANSPOSED else canonical)
+    binding = Binding(Site("layer", "weight", "linear", "w", layout), delta, "a", "layer.weight", "name")
+    folded = FoldedTensor(ir.Tensor(stored, name="w"), [binding]).numpy()
+    expected = delta.apply(canonical.astype(np.float64)).astype(np.float32)
+    np.testing.assert_array_equal(layout.view(folded), expected)
