@@ -13,6 +13,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from loracc.deferred import defer_sympy
+
 if TYPE_CHECKING:
     from loracc.adapter import Adapter as Adapter
     from loracc.errors import LoraccError as LoraccError
@@ -34,6 +36,8 @@ _HOME = {
     "load_model": "loracc.sources",
     "verify": "loracc.pipeline",
 }
+
+defer_sympy()
 
 __all__ = ["Adapter", "LoraccError", "bench", "fold", "load_adapter", "load_model", "verify"]
 
