@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -55,7 +56,8 @@ def samples() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def saved(net: torch.nn.Module, how: str, path: Path) -> Path:
-    script = torch.jit.trace(net, samples()) if how == "trace" else torch.jit.script(net)
+    trace: Any = torch.jit.trace
+    script = trace(net, samples()) if how == "trace" else torch.jit.script(net)
     torch.jit.save(torch.jit.freeze(script) if how == "frozen" else script, path)
     return path
 
