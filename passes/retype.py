@@ -33,8 +33,9 @@ _PRECISION = {
 #: Attributes that hold an element type.
 _TYPE_ATTRIBUTES = ("dtype", "output_dtype", "output_datatype")
 #: Operators whose results are elements of their inputs: rounding them again changes nothing.
-_MOVES = frozenset(("Concat", "Expand", "Flatten", "Gather", "GatherElements", "GatherND", "Identity", "Reshape")) | {
-    *("Slice", "Split", "Squeeze", "Tile", "Transpose", "Unsqueeze")
+_MOVES = {
+    *("Concat", "Expand", "Flatten", "Gather", "GatherElements", "GatherND", "Identity", "Reshape", "Slice", "Split"),
+    *("Squeeze", "Tile", "Transpose", "Unsqueeze"),
 }
 
 
