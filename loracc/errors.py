@@ -73,7 +73,7 @@ class CheckFailed(LoraccError):
 
 
 def combined(errors: Sequence[LoraccError]) -> LoraccError:
-    """One error for several: of their class when they share it, with every message and each hint once.
+    """One error for several: of their class when they share it, with each message and each hint once.
 
     >>> str(combined([BindingError("a"), BindingError("b", hint="h")]))
     'a\\nb\\nh'
@@ -83,7 +83,8 @@ def combined(errors: Sequence[LoraccError]) -> LoraccError:
     kinds = {type(error) for error in errors}
     hints = list(dict.fromkeys(error.hint for error in errors if error.hint))
     cls = kinds.pop() if len(kinds) == 1 else InputError
-    return cls("\n".join(error.message for error in errors), hint="\n".join(hints) or None)
+    messages = dict.fromkeys(error.message for error in errors)
+    return cls("\n".join(messages), hint="\n".join(hints) or None)
 
 
 _EXTRA_OF = {
