@@ -59,7 +59,7 @@ def load_huggingface(path: Path, options: LoadOptions) -> BaseModel:
         format="huggingface",
         ir=graph,
         sites=trace_sites(graph, program.state_dict, tied_groups(program)),
-        origin=path,
+        origin=program,
         notes=tuple(_notes(graph, built.unused, fixed)),
         sample_inputs={t.name: t.array for t in inputs} if options.inputs or options.inputs_file else {},
         input_ranges={traced.name: traced.range for traced in inputs if traced.range is not None},
