@@ -29,6 +29,7 @@ from loracc.passes.base_names import with_base_names
 from loracc.passes.bind_experts import assign_experts
 from loracc.passes.fit_delta import Weight, check_weight, fit, is_transposed
 from loracc.passes.match_names import Matching, Rewriting, apply_maps, match_names, nearest, parse_maps
+from loracc.passes.tied_sites import tied_sites
 from loracc.sites import Site, SiteTable
 
 __all__ = ["BindAdapterPass", "BindOptions", "BindResult", "bind"]
@@ -129,6 +130,7 @@ class _Binder:
             adapter, (site.module for site in sites), keep=lambda name: apply_maps(name, self.maps) is not None
         )
         self.table = {name: found for name, found in sites.by_name().items() if name and found[0].module}
+        self.sites = tuple(sites)
         self.errors: list[LoraccError] = []
         self.result = BindResult()
         self.ways: dict[str, str] = {}
@@ -144,6 +146,7 @@ class _Binder:
         for entry in entries:
             if entry.name in weights:
                 self._bind_one(entry, weights[entry.name], frozenset(straight))
+        self._follow_ties()
         self._refuse_unmatched(matching)
         self._refuse_conflicts(before)
         if not self.errors and not self.result.bindings:
@@ -237,6 +240,17 @@ class _Binder:
             return
         way = self.ways.get(entry.name, site.source)
         self.result.bindings.append(Binding(site, delta, self.adapter.name, entry.name, way))
+
+    def _follow_ties(self) -> None:
+        """What is meant for every module of a tied weight goes to the copies that an export made of it."""
+        for binding in [b for b in self.result.bindings if b.delta.follows_tying and b.site.kind == "embedding"]:
+            bound = {other.site.name for other in self.result.bindings if other.delta.kind == binding.delta.kind}
+            candidates = [
+                site for site in self.sites if site.kind in ("linear", "embedding") and site.name not in bound
+            ]
+            for site in tied_sites(self.model, binding.site, candidates):
+                self.result.bindings.append(replace(binding, site=site))
+                self.result.notes.append(f"{binding.site.name} is tied to {site.name}: both are changed.")
 
     def _refuse_unmatched(self, matching: Matching) -> None:
         entries = {entry.name: entry for entry in self.adapter.entries}
