@@ -9,9 +9,13 @@ __all__ = ["main"]
 
 def main() -> None:
     """Run the command line and exit with its code."""
-    from loracc.cli import run
+    try:
+        from loracc.cli import run
 
-    sys.exit(run())
+        code = run()
+    except KeyboardInterrupt:  # before the command line was there to catch it
+        code = 130
+    sys.exit(code)
 
 
 if __name__ == "__main__":
