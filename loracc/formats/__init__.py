@@ -17,10 +17,14 @@ from loracc.errors import InputError
 from loracc.formats.adapter_options import AdapterOptions
 from loracc.formats.adapter_source import CONFIG, WEIGHTS, AdapterSource, open_source
 from loracc.formats.adapter_spec import AdapterSpec, parse_adapter_spec
+from loracc.formats.diffusers import is_diffusers, read_diffusers
 from loracc.formats.kohya import is_kohya, read_kohya
+from loracc.formats.loralib import is_loralib, read_loralib
 from loracc.formats.lycoris import is_lycoris, read_lycoris
+from loracc.formats.mlx import is_mlx, read_mlx
 from loracc.formats.peft import is_peft, read_peft
 from loracc.formats.tensors import some
+from loracc.formats.torchtune import is_torchtune, read_torchtune
 
 __all__ = [
     "FORMATS",
@@ -44,9 +48,13 @@ class AdapterFormat:
 
 #: Tried in this order; the first whose content matches reads the file.
 FORMATS: tuple[AdapterFormat, ...] = (
+    AdapterFormat("mlx", is_mlx, read_mlx),
     AdapterFormat("kohya", is_kohya, read_kohya),
     AdapterFormat("lycoris", is_lycoris, read_lycoris),
+    AdapterFormat("diffusers", is_diffusers, read_diffusers),
+    AdapterFormat("torchtune", is_torchtune, read_torchtune),
     AdapterFormat("peft", is_peft, read_peft),
+    AdapterFormat("loralib", is_loralib, read_loralib),
 )
 
 

@@ -75,7 +75,8 @@ def group(path: Path, tensors: Mapping[str, Array], rules: Sequence[KeyRule], pr
         if rule is None or match is None:
             grouped.rest[short] = array
             continue
-        names.setdefault(match.groupdict().get("name") or "", key)
+        if "name" in rule.tail.groupindex:
+            names.setdefault(match["name"] or "", key)
         roles = grouped.modules.setdefault(short[: match.start()].rstrip("."), {})
         if rule.role in roles:
             raise InputError(f"{path}: {key!r} and {roles[rule.role].key!r} are the same tensor of one module.")
