@@ -5,6 +5,7 @@ A check that could not be made says ``skipped`` and why; nothing is ever passed 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -315,8 +316,8 @@ class Verification:
         return self.reason or f"numbers {self.numbers.verdict}, structure {self.structure.verdict}"
 
     def to_json(self) -> dict[str, Any]:
-        """The contract of ``verify --json`` (DESIGN.md 2)."""
-        return {
+        """The contract of ``verify --json`` (DESIGN.md 2). JSON has no infinity: an error without bound is null."""
+        body: dict[str, Any] = {
             "verdict": self.verdict,
             "reason": self.reason,
             "numbers": self.numbers.to_json(),
@@ -324,3 +325,13 @@ class Verification:
             "latency": self.latency.to_json(),
             "notes": list(self.notes),
         }
+        finite: dict[str, Any] = _finite(body)
+        return finite
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

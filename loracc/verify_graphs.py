@@ -1,7 +1,7 @@
 """The graphs that are run to judge an output: the reference, the unfused model in the output's type, the output itself.
 
-bfloat16 has almost no kernels in ONNX Runtime's CPU provider. There it is emulated: weights are the bfloat16 ones,
-every operator computes in float32 and its result is rounded to bfloat16, and the runtime's optimizer is off so that no
+bfloat16 has almost no kernels in ONNX Runtime's CPU provider. It is emulated: weights are the bfloat16 ones, every
+operator computes in float32 and its result is rounded to bfloat16, and the runtime's optimizer is off so that no
 rounding is optimized away.
 """
 
@@ -21,7 +21,7 @@ from loracc.runners import OnnxRunner
 from loracc.verify_kernels import has_kernel
 from loracc.verify_options import VerifyOptions
 
-__all__ = ["FLOATS", "Prepared", "as_written", "in_reference", "uses_bfloat16", "with_outputs"]
+__all__ = ["FLOATS", "Prepared", "as_written", "in_own_type", "in_reference", "uses_bfloat16", "with_outputs"]
 
 FLOATS = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.FLOAT, ir.DataType.DOUBLE)
 
@@ -78,35 +78,57 @@ def in_reference(base: ir.Model, bindings: Sequence[Binding], dtype: ir.DataType
     return Prepared(graph, optimize=False, notes=tuple(notes), taps=tuple(unfuse.taps))
 
 
-def as_written(
-    model: ir.Model | Path, graph: ir.Model, bindings: Sequence[Binding] = (), dtype: ir.DataType | None = None
-) -> Prepared:
+def as_written(model: ir.Model | Path, graph: ir.Model) -> Prepared:
     """A model in its own type: the file as it is where that runs, the graph with emulated rounding where it does not.
 
     Args:
         model: What to run: the file, or the graph.
         graph: Its graph.
-        bindings: Deltas to insert as branches.
-        dtype: Change the graph's float types to this one first.
     """
-    changed = bool(bindings) or dtype is not None
-    unfused, _ = _unfused(graph, bindings) if changed or uses_bfloat16(graph) else (graph, None)
+    if not _uses(graph, ir.DataType.BFLOAT16):
+        return Prepared(model)
+    copy, _ = _unfused(graph, ())
+    return _emulated(copy, ir.DataType.BFLOAT16)
+
+
+def in_own_type(base: ir.Model, bindings: Sequence[Binding], dtype: ir.DataType | None = None) -> Prepared:
+    """The unfused model as a device of its own type computes it: what the type costs anyway.
+
+    16-bit types are emulated even where the runtime takes them: ONNX Runtime on a CPU computes float16 in float32 and
+    leaves out most of the roundings.
+
+    Args:
+        base: The original graph; left as it is.
+        bindings: The deltas, as branches.
+        dtype: What the output's float types were changed to, when they were.
+    """
+    graph, _ = _unfused(base, bindings)
     if dtype is not None:
-        RetypePass(dtype, sources=FLOATS)(unfused)
-    if uses_bfloat16(unfused):
-        bf16 = ir.DataType.BFLOAT16
-        RetypePass(ir.DataType.FLOAT, sources=[bf16], rounding=bf16, keep_outputs=False)(unfused)
-        note = "bfloat16 is emulated: float32 operators, every result rounded to bfloat16, no graph optimizations"
-        return Prepared(unfused, optimize=False, notes=(note,))
-    return Prepared(unfused if changed else model)
+        RetypePass(dtype, sources=FLOATS)(graph)
+    for half in (ir.DataType.BFLOAT16, ir.DataType.FLOAT16):
+        if _uses(graph, half):
+            return _emulated(graph, half)
+    return Prepared(graph)
+
+
+def _emulated(graph: ir.Model, dtype: ir.DataType) -> Prepared:
+    """Float32 operators, every result of type ``dtype`` rounded to it; in place."""
+    RetypePass(ir.DataType.FLOAT, sources=[dtype], rounding=dtype, keep_outputs=False)(graph)
+    note = f"{dtype.name.lower()} is emulated: float32 operators, every result rounded, no graph optimizations"
+    return Prepared(graph, optimize=False, notes=(note,))
+
+
+def _uses(model: ir.Model, dtype: ir.DataType) -> bool:
+    """Whether anything in the graph is of this type."""
+    if any(value.dtype == dtype for value in model.graph.initializers.values()):
+        return True
+    nodes = ir.traversal.RecursiveGraphIterator(model.graph)
+    return any(value.dtype == dtype for node in nodes for value in node.outputs)
 
 
 def uses_bfloat16(model: ir.Model) -> bool:
     """Whether anything in the graph is bfloat16."""
-    if any(value.dtype == ir.DataType.BFLOAT16 for value in model.graph.initializers.values()):
-        return True
-    nodes = ir.traversal.RecursiveGraphIterator(model.graph)
-    return any(value.dtype == ir.DataType.BFLOAT16 for node in nodes for value in node.outputs)
+    return _uses(model, ir.DataType.BFLOAT16)
 
 
 def with_outputs(model: ir.Model, names: Sequence[str]) -> list[str]:

@@ -11,6 +11,7 @@ noise of the reference's own arithmetic, and the outputs must be finite and not 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,7 +26,7 @@ from loracc.model import BaseModel
 from loracc.runners import RunError
 from loracc.sample_inputs import draw_inputs
 from loracc.verdict import EndToEnd, OutputError, SiteError
-from loracc.verify_graphs import FLOATS, Prepared, as_written, in_reference, with_outputs
+from loracc.verify_graphs import FLOATS, Prepared, as_written, in_own_type, in_reference, with_outputs
 from loracc.verify_memory import available_memory, weights_in
 from loracc.verify_metrics import Outputs, further_metrics, is_float_array, relative_error, relative_l2
 from loracc.verify_options import VerifyOptions
@@ -129,7 +130,7 @@ def _compare(case: _Case, inputs: list[dict[str, Array]]) -> EndToEnd:
     reference = _run(unfused, inputs, options)
     if (reason := _no_signal(reference)) is not None:
         return EndToEnd("fail", reason, notes=unfused.notes)
-    cost = as_written(graph, graph, case.bindings, options.dtype)
+    cost = in_own_type(graph, case.bindings, options.dtype)
     folded = as_written(case.path or case.out.ir, case.out.ir)
     notes = tuple(dict.fromkeys((*unfused.notes, *cost.notes, *folded.notes)))
     try:
@@ -185,7 +186,8 @@ def _judge(reference: Outputs, base: Outputs, own: Outputs, made: Outputs, case:
                 unfused=unfused,
                 effect=relative_error(before, truth),
                 relative_l2=relative_l2(ours, truth) if is_float_array(truth[0]) else 0.0,
-                tolerance=max(case.options.multiple * unfused, floor),
+                # Overflow in the output's own type is no licence to be wrong.
+                tolerance=max(case.options.multiple * unfused, floor) if math.isfinite(unfused) else floor,
                 more=further_metrics(name, ours, truth),
             )
         )

@@ -310,8 +310,8 @@ def _same_attribute(one: ir.Attr, other: ir.Attr) -> bool:
         return same_kind and mine.tobytes() == theirs.tobytes()
     if one.type in (ir.AttributeType.FLOAT, ir.AttributeType.FLOATS):
         # A graph that was never in a file may hold more digits than the format's float32.
-        values = [np.asarray(attribute.value, np.float32) for attribute in (one, other)]
-        return bool(np.array_equal(*values, equal_nan=True))
+        ours, others = (np.asarray(attribute.value, np.float32) for attribute in (one, other))
+        return bool(np.array_equal(ours, others, equal_nan=True))
     if one.type in (ir.AttributeType.INTS, ir.AttributeType.STRINGS):
         return list(one.value) == list(other.value)
     return bool(one.value == other.value)
