@@ -133,6 +133,9 @@ class DoRA(Delta):
         """As PEFT's ``scale_layer``: the weight acts on ΔW inside the norm, the magnitude stays."""
         return replace(self, inner=self.inner.scaled(weight))
 
+    def resolve(self, shape: tuple[int, ...]) -> DoRA:
+        return replace(self, inner=self.inner.resolve(shape))
+
     def converted(self, dtype: np.dtype[np.generic]) -> DoRA:
         return replace(self, inner=self.inner.converted(dtype))
 

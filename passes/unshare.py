@@ -31,6 +31,10 @@ from loracc.tensors import PermutedTensor, dims, file_tensor
 __all__ = ["Clone", "UnsharePass"]
 
 
+#: Nodes between a weight and its reader that only pass it on.
+_STEPS = ("Identity", "Transpose")
+
+
 @dataclass(frozen=True)
 class Clone:
     """What was un-shared: ``name`` is a new initializer with ``original``'s value, for these sites."""
@@ -65,7 +69,7 @@ class UnsharePass(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, modified=len(self.clones) > before)
 
     def _unshare(self, model: ir.Model, value: ir.Value, bindings: Sequence[Binding]) -> None:
-        readers = self._readers_of(value, bindings)
+        readers = self._readers_of(model, value, bindings)
         sites = [site for group in readers.values() for site in group]
         if len(readers) < 2 or not _overlap(sites):
             return
@@ -81,7 +85,7 @@ class UnsharePass(ir.passes.InPlacePass):
             if key != keeper:
                 self._clone(model, value, [site for reader in group for site in readers[reader]], deltas[group[0]])
 
-    def _readers_of(self, value: ir.Value, bindings: Sequence[Binding]) -> dict[str, list[Site]]:
+    def _readers_of(self, model: ir.Model, value: ir.Value, bindings: Sequence[Binding]) -> dict[str, list[Site]]:
         """The initializer's sites by the node that reads them; sites of one reader are names or parts of one thing.
 
         A bound site's settled layout stands for the table's.
@@ -92,10 +96,9 @@ class UnsharePass(ir.passes.InPlacePass):
         readers: dict[str, list[Site]] = {}
         for site in sites:
             readers.setdefault(site.consumer, []).append(site)
-        if not table and readers and _other_readers(value, readers):
-            readers.setdefault(
-                "", [Site("", "", "other", str(value.name))]
-            )  # nobody listed them: they keep the original
+        if len(model.graph) and not _all_listed(value, readers):
+            # Readers that no site tells of: they keep the original.
+            readers.setdefault("", [Site("", "", "other", str(value.name))])
         return readers
 
     def _clone(self, model: ir.Model, value: ir.Value, sites: Sequence[Site], bindings: Sequence[Binding]) -> None:
@@ -159,7 +162,8 @@ def _leading(readers: Mapping[str, Sequence[Site]]) -> list[str]:
     return [
         reader
         for reader, sites in readers.items()
-        if not reader or any(site.kind == "embedding" or site.name == site.initializer for site in sites)
+        if (not reader and sites[0].name)
+        or any(site.kind == "embedding" or site.name == site.initializer for site in sites)
     ]
 
 
@@ -175,9 +179,10 @@ def _signature(delta: Delta) -> str:
 def _keeper(
     groups: Mapping[tuple[str, ...], Sequence[str]], readers: Mapping[str, Sequence[Site]], name: str
 ) -> tuple[str, ...]:
-    """Rule 3."""
+    """Rule 3; readers that have no name of their own cannot be given another initializer."""
+    unnamed = [key for key, group in groups.items() if "" in group]
     named = [key for key, group in groups.items() if any(site.name == name for r in group for site in readers[r])]
-    return next(iter([*named, *(key for key in groups if not key), *groups]))
+    return next(iter([*unnamed, *named, *(key for key in groups if not key), *groups]))
 
 
 def _at(binding: Binding, site: Site) -> Binding:
@@ -221,7 +226,7 @@ def _source(given: ir.Value) -> tuple[ir.Value, tuple[int, ...]]:
     """The value that ``given`` is a view of, and the permutation between them (empty for none)."""
     perm: tuple[int, ...] = ()
     node = given.producer()
-    while node is not None and node.op_type in ("Identity", "Transpose") and node.inputs[0] is not None:
+    while node is not None and node.op_type in _STEPS and node.inputs[0] is not None:
         if node.op_type == "Transpose":
             rank = len(given.shape) if given.shape is not None else 2
             attribute = node.attributes.get("perm")
@@ -252,5 +257,11 @@ def _layout_in(layout: Layout, perm: tuple[int, ...]) -> Layout:
     return replace(layout, perm=() if turned == tuple(range(len(turned))) else turned)
 
 
-def _other_readers(value: ir.Value, consumers: Collection[str]) -> bool:
-    return any(node.name not in consumers for node, _ in value.uses())
+def _all_listed(value: ir.Value, consumers: Collection[str]) -> bool:
+    """Whether every reader is one of these, or steps to them only; "" stands for all of them."""
+    if "" in consumers:
+        return True
+    return not value.is_graph_output() and all(
+        node.name in consumers or (node.op_type in _STEPS and _all_listed(node.outputs[0], consumers))
+        for node, _ in value.uses()
+    )
