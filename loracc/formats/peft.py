@@ -1,4 +1,4 @@
-"""PEFT LoRA adapters: ``adapter_config.json`` beside ``adapter_model.safetensors`` (or ``.bin``), or the bare tensors.
+"""PEFT adapters: ``adapter_config.json`` beside ``adapter_model.safetensors`` (or ``.bin``), or the bare tensors.
 
 Facts and formulas: PEFT 0.21.2, whose *forward* is the oracle (FORMATS.md 1).
 """
@@ -19,6 +19,7 @@ from loracc.formats.peft_experts import expert_entries, targeted_parameters
 from loracc.formats.peft_keys import BASE_LAYER, LORA_RULES, PREFIXES, plain_path
 from loracc.formats.peft_kinds import KINDS, Context, Roles
 from loracc.formats.peft_replacements import COUNTER, replacement_entries, token_entry
+from loracc.formats.peft_tuners import read_tuner
 from loracc.formats.tensors import check_tensors, digest_of
 
 __all__ = ["is_peft", "read_peft"]
@@ -32,7 +33,7 @@ def is_peft(source: AdapterSource) -> bool:
 
 
 def read_peft(source: AdapterSource, name: str, options: AdapterOptions) -> Adapter:
-    """Read a LoRA adapter; every key of the file is used once.
+    """Read an adapter of any of PEFT's kinds; every key of the file is used once.
 
     Raises:
         InputError: Tensors, keys or configuration do not make an adapter; all that is wrong with the modules at once.
@@ -40,8 +41,8 @@ def read_peft(source: AdapterSource, name: str, options: AdapterOptions) -> Adap
         NumericsError: A tensor holds inf or NaN.
     """
     path = source.file
-    if source.config is not None:
-        check_peft_type(path, source.config)
+    if source.config is not None and (kind := check_peft_type(path, source.config)) != "LORA":
+        return read_tuner(source, name, kind)
     tensors = {key: array for key, array in source.tensors.items() if not key.endswith(f".{COUNTER}")}
     check_tensors(path, tensors)
     config = parse_lora_config(path, source.config, residual_base=options.residual_base) if source.config else None

@@ -14,12 +14,13 @@ from typing import Any
 
 from loracc.errors import InputError, UnsupportedError
 from loracc.formats.peft_fields import integer, mapping, number, optional_list, switch, token_indices
+from loracc.formats.peft_refused import NOT_FOLDABLE
 from loracc.formats.tensors import some
 
-__all__ = ["PeftConfig", "check_peft_type", "parse_lora_config", "pattern_value"]
+__all__ = ["HARMLESS", "BlockDiagonal", "PeftConfig", "check_peft_type", "parse_lora_config", "pattern_value"]
 
 #: Training, provenance and selection: the tensors already are what came out of these.
-_HARMLESS = frozenset(
+HARMLESS = frozenset(
     {
         "auto_mapping",
         "base_model_name_or_path",
@@ -64,6 +65,8 @@ _RESULT = frozenset(
         "target_parameters",
         "trainable_token_indices",
         "init_lora_weights",
+        "use_bdlora",
+        "kasa_config",
     }
 )
 #: Set, these make an adapter that is refused: (field, its name, why).
@@ -77,27 +80,26 @@ _REFUSED: tuple[tuple[str, str, str], ...] = (
     ("layer_replication", "layer_replication", "it adds layers to the model, and a fold changes weights only"),
     ("monteclora_config", "MonteCLoRA", "it samples its weights, and a folded weight is one value"),
     ("use_qalora", "QALoRA", "its A acts on pooled inputs; not supported yet"),
-    ("use_bdlora", "BD-LoRA", "its factors are block-diagonal; not supported yet"),
-    ("kasa_config", "KaSA", "it takes singular values out of the base weight; not supported yet"),
-)
-#: Methods that change no weight: nothing could be folded.
-_NOT_WEIGHTS = frozenset(
-    {
-        "PROMPT_TUNING",
-        "MULTITASK_PROMPT_TUNING",
-        "P_TUNING",
-        "PREFIX_TUNING",
-        "ADAPTION_PROMPT",
-        "CPT",
-        "CARTRIDGE",
-        "XLORA",
-        "POLY",
-    }
 )
 #: Initialisations that leave the base weight as it was.
 _PLAIN_INITS = frozenset({"gaussian", "eva", "orthogonal", "mica"})
 #: Initialisations that take a part of the base weight into A and B, or quantise it.
 _RESIDUAL_INITS = ("pissa", "olora", "corda", "lora_ga", "loftq")
+
+
+@dataclass(frozen=True)
+class BlockDiagonal:
+    """``use_bdlora``: a module is meant by a piece of its path, as in PEFT (``pattern in target_name``)."""
+
+    a: tuple[str, ...]
+    b: tuple[str, ...]
+    count: int
+
+    def side(self, module: str) -> str | None:
+        """Which factor of a module is block-diagonal: "A", "B" or None."""
+        if any(piece in module for piece in self.a):
+            return "A"
+        return "B" if any(piece in module for piece in self.b) else None
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,8 @@ class PeftConfig:
     Attributes:
         peft_version: Who wrote it, as (major, minor); None when it does not say (before 0.18).
         tokens: ``trainable_token_indices``: by module name, "" for "the input embedding".
+        blocks: BD-LoRA: which modules' factors are stored as blocks of a diagonal.
+        kasa: KaSA: a diagonal stands between the factors, and W loses its r smallest singular values.
     """
 
     r: int
@@ -123,6 +127,8 @@ class PeftConfig:
     tokens: Mapping[str, tuple[int, ...]] | None = None
     peft_version: tuple[int, int] | None = None
     notes: tuple[str, ...] = ()
+    blocks: BlockDiagonal | None = None
+    kasa: bool = False
 
     def rank_of(self, path: str) -> int:
         """r of a module (or of ``module.parameter`` for a targeted parameter)."""
@@ -145,12 +151,12 @@ def pattern_value(patterns: Mapping[str, float], path: str, default: float) -> f
     return default
 
 
-def check_peft_type(path: Path, config: Mapping[str, Any]) -> None:
-    """Refuse what is no LoRA configuration, by name.
+def check_peft_type(path: Path, config: Mapping[str, Any]) -> str:
+    """The ``peft_type``; what cannot be folded is refused by name.
 
     Raises:
         InputError: It is another library's file.
-        UnsupportedError: Another PEFT method.
+        UnsupportedError: A PEFT method that no weight can hold.
     """
     if "lora_parameters" in config:
         raise UnsupportedError(
@@ -164,13 +170,10 @@ def check_peft_type(path: Path, config: Mapping[str, Any]) -> None:
             hint="Give the tensor file by itself, with --alpha or --scale.",
         )
     name = str(kind).upper().rpartition(".")[2]
-    if name in _NOT_WEIGHTS:
-        raise UnsupportedError(
-            f"{path}: a {name} adapter cannot be folded: it does not change the model's weights but what goes into or "
-            "through them at run time."
-        )
-    if name != "LORA":
-        raise UnsupportedError(f"{path}: PEFT type {name} is not supported yet; LORA is.")
+    if name in NOT_FOLDABLE:
+        called, why = NOT_FOLDABLE[name]
+        raise UnsupportedError(f"{path}: a {called} adapter (peft_type {name}) cannot be folded: {why}.")
+    return name
 
 
 def parse_lora_config(path: Path, config: Mapping[str, Any], *, residual_base: bool = False) -> PeftConfig:
@@ -185,7 +188,6 @@ def parse_lora_config(path: Path, config: Mapping[str, Any], *, residual_base: b
         InputError: A field has a value that PEFT could not have written.
         UnsupportedError: A field makes it an adapter that cannot be folded, or is not known.
     """
-    check_peft_type(path, config)
     _refuse(path, config)
     _check_init(path, config.get("init_lora_weights", True), residual_base)
     bias = config.get("bias", "none")
@@ -205,6 +207,8 @@ def parse_lora_config(path: Path, config: Mapping[str, Any], *, residual_base: b
         target_parameters=optional_list(path, config, "target_parameters"),
         tokens=token_indices(path, config),
         peft_version=_version(config.get("peft_version")),
+        blocks=_blocks(path, config.get("use_bdlora")),
+        kasa=config.get("kasa_config") is not None,
         notes=tuple(
             f"adapter_config.json has no {field}: PEFT's default of 8 is used."
             for field in ("r", "lora_alpha")
@@ -217,7 +221,7 @@ def _refuse(path: Path, config: Mapping[str, Any]) -> None:
     for field, name, why in _REFUSED:
         if config.get(field):
             raise UnsupportedError(f"{path}: a {name} adapter ({field} is set) cannot be folded: {why}.")
-    known = _HARMLESS | _RESULT | {field for field, _, _ in _REFUSED}
+    known = HARMLESS | _RESULT | {field for field, _, _ in _REFUSED}
     unknown = [f"{key}={value!r:.60}" for key, value in config.items() if key not in known and value]
     if unknown:
         raise UnsupportedError(
@@ -225,6 +229,15 @@ def _refuse(path: Path, config: Mapping[str, Any]) -> None:
             f"{some(unknown)}.",
             hint="If they do not (training settings), remove them from the file.",
         )
+
+
+def _blocks(path: Path, value: Any) -> BlockDiagonal | None:
+    if not value:
+        return None
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: use_bdlora in adapter_config.json is {value!r:.60}, expected an object.")
+    a, b = (optional_list(path, value, f"target_modules_bd_{side}") for side in "ab")
+    return BlockDiagonal(a, b, integer(path, value, "nblocks", 1))
 
 
 def _check_init(path: Path, init: Any, residual_base: bool) -> None:

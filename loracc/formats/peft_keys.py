@@ -29,6 +29,7 @@ LORA_RULES: tuple[KeyRule, ...] = (
     _rule("embedding_A", "lora_embedding_A"),
     _rule("embedding_B", "lora_embedding_B"),
     _rule("magnitude", "lora_magnitude_vector", r"(\.weight)?"),
+    _rule("diagonal", "lora_diag"),
     _rule("tokens", r"token_adapter\.trainable_tokens_delta"),
 )
 

@@ -7,6 +7,7 @@ linear, Conv1D       ``[r, in]``, ``[out, r]``               s·B·A (``fan_in_f
 convolution          ``[r, in, *k]``, ``[out, r, 1...]``     s·Σ_r B[o, r]·A[r, i, ...]
 embedding            ``[r, num]``, ``[dim, r]``              s·(B·A)ᵀ, which is LowRank with b = Aᵀ and a = Bᵀ
 MultiheadAttention   ``[r, e]``, ``[3e, r]``                 s·B·A on ``in_proj_weight``
+KaSA                 ``[r, in]``, ``[out, r]``, diagonal     s·B·diag·A, and W without its r smallest singular values
 ==================== ======================================= =====================================================
 """
 
@@ -20,6 +21,7 @@ import numpy as np
 
 from loracc.adapter import Delta, Entry
 from loracc.algebra import lora_scale
+from loracc.algebra_products import block_diagonal
 from loracc.deltas import Addition, DoRA, LowRank
 from loracc.dtypes import Array
 from loracc.errors import InputError, UnsupportedError
@@ -27,6 +29,7 @@ from loracc.formats.adapter_options import AdapterOptions
 from loracc.formats.key_table import Keyed
 from loracc.formats.peft_config import PeftConfig
 from loracc.formats.peft_keys import plain_path
+from loracc.kinds.subspace import KaSA
 
 __all__ = ["KINDS", "Context", "Kind", "Roles"]
 
@@ -122,8 +125,13 @@ def _linear(path: str, roles: Roles, context: Context) -> list[Entry]:
         if any(n != 1 for n in b.shape[2:]):
             raise InputError(f"{context.path}: {roles['B'].key} has shape {list(b.shape)}, expected [out, r, 1, ...].")
         b = b.reshape(b.shape[:2])
+    a, b = _whole_factors(path, context, a, b)
     _check_ranks(context, roles["A"], roles["B"], a.shape[0], b.shape[1])
     pattern_path = _pattern_path(path, context)
+    if context.config is not None and context.config.kasa:
+        raise InputError(
+            f"{context.path}: {plain_path(path)} has no lora_diag, and adapter_config.json sets kasa_config."
+        )
     inner = LowRank(a, b, context.scale(pattern_path, a.shape[0]))
     delta = _with_magnitude(path, roles, context, inner, axis=0)
     is_attention = path in context.attention
@@ -134,6 +142,37 @@ def _linear(path: str, roles: Roles, context: Context) -> list[Entry]:
     if "B_bias" in roles:
         entries.append(_bias(path, roles, context, delta.scale))
     return entries
+
+
+def _whole_factors(path: str, context: Context, a: Array, b: Array) -> tuple[Array, Array]:
+    """BD-LoRA stores the factor that is block-diagonal as its blocks, stacked."""
+    blocks = context.config.blocks if context.config is not None else None
+    side = blocks.side(plain_path(path)) if blocks is not None else None
+    if blocks is None or side is None:
+        return a, b
+    stacked = a if side == "A" else b
+    if stacked.ndim != 2 or stacked.shape[0] % blocks.count:
+        raise InputError(
+            f"{context.path}: {plain_path(path)}: lora_{side} {list(stacked.shape)} is not a stack of {blocks.count} "
+            "blocks (use_bdlora.nblocks)."
+        )
+    whole = block_diagonal(stacked, blocks.count)
+    return (whole, b) if side == "A" else (a, whole)
+
+
+def _kasa(path: str, roles: Roles, context: Context) -> list[Entry]:
+    """KaSA: the diagonal of singular values between the factors; the base weight loses as many."""
+    a, b, diagonal = roles["A"].array, roles["B"].array, roles["diagonal"].array
+    if context.config is None or not context.config.kasa:
+        raise InputError(f"{context.path}: {roles['diagonal'].key} is KaSA's, and no kasa_config is set.")
+    if a.ndim != 2 or b.ndim != 2 or diagonal.shape != a.shape[:1] or b.shape[1] != a.shape[0]:
+        raise InputError(
+            f"{context.path}: {plain_path(path)}: KaSA needs A [r, in], B [out, r] and a diagonal [r]; found "
+            f"{list(a.shape)}, {list(b.shape)} and {list(diagonal.shape)}."
+        )
+    delta = KaSA(a, b, diagonal, context.scale(plain_path(path), a.shape[0]))
+    keys = tuple(roles[role].key for role in ("A", "B", "diagonal"))
+    return [Entry(plain_path(path), "weight", delta, keys, fan_in_fan_out=False)]
 
 
 def _pattern_path(path: str, context: Context) -> str:
@@ -192,5 +231,6 @@ def _with_magnitude(path: str, roles: Roles, context: Context, inner: LowRank, *
 #: What a module's tensors can be; the first that fits is built.
 KINDS: tuple[Kind, ...] = (
     Kind(frozenset({"A", "B"}), frozenset({"B_bias", "magnitude"}), _linear),
+    Kind(frozenset({"A", "B", "diagonal"}), frozenset(), _kasa),
     Kind(frozenset({"embedding_A", "embedding_B"}), frozenset({"magnitude"}), _embedding),
 )
