@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,7 +64,7 @@ class Job:
         if self.target.name == "onnx":
             from loracc.targets.onnx_file import plan_onnx
 
-            return plan_onnx(model.ir, path, external=self.external)
+            return plan_onnx(model.ir, path, external=self.external, home=Path(os.path.abspath(self.output)).parent)
         if self.target.name == "exported_program":
             from loracc.targets.exported_program import plan_exported_program
 

@@ -187,6 +187,8 @@ class Staging:
     def _commit(self) -> None:
         """Move old files aside and new ones into place, the destination last; undo all of it on failure."""
         new = self.path.parent
+        if not self._folder:
+            self._drop_links(new)
         names = sorted(name for name in os.listdir(new) if name != self.destination.name)
         names.append(self.destination.name)
         undo: list[Callable[[], object]] = []
@@ -204,6 +206,16 @@ class Staging:
                 raise InputError(f"{self.destination}: could not be moved into place: {reason}.") from error
             raise
         self.files = names
+
+    def _drop_links(self, new: Path) -> None:
+        """Links to what is in place already were there to be read while the output was being made."""
+        for folder, _, files in os.walk(new, topdown=False):
+            for name in files:
+                path = Path(folder, name)
+                if _same_file(path, self.destination.parent / path.relative_to(new)):
+                    path.unlink()
+            if Path(folder) != new and not os.listdir(folder):
+                os.rmdir(folder)
 
     def _move_aside(self, name: str, undo: list[Callable[[], object]]) -> None:
         final = self._beside(name)

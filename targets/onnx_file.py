@@ -19,13 +19,14 @@ import onnx_ir as ir
 from loracc.errors import InputError, UnsupportedError
 from loracc.progress import Progress
 from loracc.streaming import OutputFile, Segment
+from loracc.targets.linked_data import check_linked, check_sources, location_in
 from loracc.targets.plan import WritePlan, aligned, computed_bytes
 from loracc.tensors import dims, lies_in_file, read_rows
 
 __all__ = ["EXTERNAL", "data_name", "plan_onnx", "stamp", "write_onnx"]
 
-#: ``external``: by size, in the graph file, in a data file.
-EXTERNAL = ("auto", "inline", "data")
+#: ``external``: by size, in the graph file, in a data file, or where the base has them.
+EXTERNAL = ("auto", "inline", "data", "link")
 #: Weights above this go to a data file: writing them inline takes three times their size in memory.
 INLINE_BYTES = 64 << 20
 #: Protobuf's limit, with room for the graph.
@@ -48,7 +49,8 @@ def write_onnx(
     Args:
         model: What to write.
         path: The ``.onnx`` file; the data file goes beside it. Put it in place with :class:`loracc.staging.Staging`.
-        external: "inline", "data", or "auto": a data file where the weights exceed 64 MiB.
+        external: "inline", "data", "auto" (a data file where the weights exceed 64 MiB) or "link": what did not change
+            stays in the base's data file, which must lie in the output's folder: :mod:`loracc.targets.linked_data`).
         progress: Told of the bytes of the data file.
         workers: See :func:`loracc.streaming.write_files`.
 
@@ -59,8 +61,15 @@ def write_onnx(
     plan_onnx(model, path, external=external).write(progress, workers=workers)
 
 
-def plan_onnx(model: ir.Model, path: Path, *, external: str = "auto") -> WritePlan:
-    """What :func:`write_onnx` will write; nothing is read or computed yet."""
+def plan_onnx(model: ir.Model, path: Path, *, external: str = "auto", home: Path | None = None) -> WritePlan:
+    """What :func:`write_onnx` will write; nothing is read or computed yet.
+
+    Args:
+        model: See there.
+        path: Where it is written.
+        external: See there.
+        home: The folder it will lie in once it is in place, where that is not the folder of ``path``.
+    """
     if external not in EXTERNAL:
         raise ValueError(f"external is {external!r}, expected one of {', '.join(EXTERNAL)}")
     tensors = {value: tensor for value in initializers(model) if (tensor := value.const_value) is not None}
@@ -71,23 +80,52 @@ def plan_onnx(model: ir.Model, path: Path, *, external: str = "auto") -> WritePl
             f"{path}: {total:,} bytes of weights do not fit into one .onnx file: protobuf's limit is 2 GiB.",
             hint="Write them to a data file: --data data.",
         )
-    places: dict[ir.Value, ir.TensorProtocol] = {}
-    segments: list[Segment] = []
-    end = 0
+    home = home or path.parent
+    check_sources(tensors.values(), [home / path.name, home / data_name(path)])
+    layout = _Layout(data_name(path))
     for value, tensor in tensors.items():
         if inline or not _fits_outside(tensor):
             continue
-        offset = aligned(end, _PAGE_ALIGNMENT if tensor.nbytes >= _PAGED_BYTES else _ALIGNMENT)
-        segments.append(Segment(offset, tensor))
-        places[value] = _reference(value, tensor, data_name(path), offset)
-        end = offset + tensor.nbytes
-    file = OutputFile(path.with_name(data_name(path)), end, tuple(segments))
+        location = location_in(home, tensor) if external == "link" else None
+        if location is None:
+            layout.append(value, tensor)
+        else:
+            layout.refer(value, tensor, location)
+    if external == "link":
+        check_linked(path.name, home, tensors.values(), layout.borrowed)
+    file = OutputFile(path.with_name(data_name(path)), layout.end, tuple(layout.segments))
+    staged = {} if home == path.parent else {path.parent / name: home / name for name in sorted(layout.borrowed)}
     return WritePlan(
-        weights=(file,) if segments else (),
-        small={path: lambda: graph_bytes(model, places, path)},
-        nbytes=end + sum(tensor.nbytes for value, tensor in tensors.items() if value not in places),
+        weights=(file,) if layout.segments else (),
+        small={path: lambda: graph_bytes(model, layout.places, path)},
+        links=staged,
+        nbytes=layout.end + sum(tensor.nbytes for value, tensor in tensors.items() if value not in layout.places),
         folded=computed_bytes(list(tensors.values())),
     )
+
+
+class _Layout:
+    """Which tensors lie outside the graph file, and where."""
+
+    def __init__(self, data: str) -> None:
+        self.places: dict[ir.Value, ir.TensorProtocol] = {}
+        self.segments: list[Segment] = []
+        self.borrowed: set[str] = set()
+        self.end = 0
+        self._data = data
+
+    def append(self, value: ir.Value, tensor: ir.TensorProtocol) -> None:
+        """The tensor goes into the data file."""
+        offset = aligned(self.end, _PAGE_ALIGNMENT if tensor.nbytes >= _PAGED_BYTES else _ALIGNMENT)
+        self.segments.append(Segment(offset, tensor))
+        self.places[value] = _reference(value, tensor, self._data, offset)
+        self.end = offset + tensor.nbytes
+
+    def refer(self, value: ir.Value, tensor: ir.ExternalTensor | ir.TensorProtocol, location: str) -> None:
+        """The tensor stays where it is."""
+        offset = tensor.offset if isinstance(tensor, ir.ExternalTensor) else None
+        self.places[value] = _reference(value, tensor, location, offset or 0)
+        self.borrowed.add(location)
 
 
 def stamp(model: ir.Model, provenance: Mapping[str, str]) -> None:

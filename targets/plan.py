@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -23,6 +24,8 @@ class WritePlan:
         weights: Files whose weights are streamed into place.
         small: Files made whole in memory, by path; they are made when they are written.
         copies: Files taken over as they are: source by destination.
+        links: Files that the output refers to and that must be seen beside it while it is not in place yet: hard links,
+            source by name; :class:`loracc.staging.Staging` does not move them.
         nbytes: Bytes of everything but the small files' bookkeeping.
         folded: Bytes of tensors that are computed and not copied.
     """
@@ -30,6 +33,7 @@ class WritePlan:
     weights: tuple[OutputFile, ...] = ()
     small: Mapping[Path, Callable[[], bytes]] = field(default_factory=dict)
     copies: Mapping[Path, Path] = field(default_factory=dict)
+    links: Mapping[Path, Path] = field(default_factory=dict)
     nbytes: int = 0
     folded: int = 0
 
@@ -39,10 +43,12 @@ class WritePlan:
         Raises:
             InputError, NumericsError, OSError: As :func:`loracc.streaming.write_files`.
         """
-        for path in (*self.small, *self.copies, *(file.path for file in self.weights)):
+        for path in (*self.small, *self.copies, *self.links, *(file.path for file in self.weights)):
             path.parent.mkdir(parents=True, exist_ok=True)
         for target, source in self.copies.items():
             shutil.copyfile(source, target)
+        for target, source in self.links.items():
+            os.link(source, target)
         write_files(self.weights, progress=progress, workers=workers)
         for path, make in self.small.items():
             path.write_bytes(make())

@@ -35,11 +35,12 @@ ADAPTER is a file or a folder, optionally NAME=PATH to name it and PATH@0.7 for 
 )
 @model_options
 @click.option(
+    "--data-layout",
     "--data",
     "external",
-    type=click.Choice(["auto", "inline", "data"]),
+    type=click.Choice(["auto", "inline", "data", "link"]),
     default="auto",
-    help="Where an .onnx keeps its weights.",
+    help="Where an .onnx keeps its weights: inside, in OUT.data, or (link) unchanged ones in the base's own data file.",
 )
 @click.option("--no-verify", is_flag=True, help="Do not check the result before moving it into place.")
 @click.option(

@@ -15,7 +15,9 @@ from loracc.deltas import LowRank
 from loracc.dtypes import Array
 from loracc.errors import InputError, UnsupportedError
 from loracc.folded import Binding, FoldedTensor
+from loracc.model import LoadOptions
 from loracc.sites import TRANSPOSED, Site
+from loracc.sources.onnx_model import load_onnx
 from loracc.staging import Staging
 from loracc.targets import onnx_file
 from loracc.targets.onnx_file import plan_onnx, stamp, write_onnx
@@ -155,3 +157,65 @@ def test_stamps_are_sorted_and_kept(tmp_path: Path) -> None:
     proto = onnx.load(str(tmp_path / "m.onnx"))
     assert [(p.key, p.value) for p in proto.metadata_props] == [("loracc.adapter", "sha256:0"), ("loracc.version", "1")]
     assert (proto.producer_name, proto.producer_version) == ("loracc", "")
+
+
+def linked_base(folder: Path) -> tuple[Path, ir.Model]:
+    """A base model on disk and the same with one weight folded, its other weights still in the base's data file."""
+    folder.mkdir()
+    write_onnx(model(folder), folder / "base.onnx", external="data")
+    loaded = load_onnx(folder / "base.onnx", LoadOptions()).ir
+    value = loaded.graph.initializers["w"]
+    assert value.const_value is not None
+    site = Site("m", "weight", "linear", "w", TRANSPOSED)
+    value.const_value = FoldedTensor(value.const_value, [Binding(site, delta(), "a", "m.weight", "name")])
+    return folder / "base.onnx", loaded
+
+
+def test_a_linked_variant_costs_its_changed_bytes(tmp_path: Path) -> None:
+    base, variant = linked_base(tmp_path / "models")
+    data = base.with_name("base.onnx.data")
+    before = data.read_bytes()
+    out = base.with_name("variant.onnx")
+    with Staging(out, companions=["variant.onnx.data"]) as stage:
+        plan = plan_onnx(variant, stage.path, external="link", home=out.parent)
+        plan.write()
+        onnxruntime.InferenceSession(str(stage.path), providers=["CPUExecutionProvider"])  # can be verified there
+    assert stage.files == ["variant.onnx.data", "variant.onnx"]
+    assert out.with_name("variant.onnx.data").stat().st_size == SIZE * SIZE * 4
+    assert data.read_bytes() == before
+    assert data.stat().st_nlink == 1
+    onnx.load(str(base))
+    session = onnxruntime.InferenceSession(str(out), providers=["CPUExecutionProvider"])
+    x = np.random.default_rng(2).standard_normal((3, SIZE)).astype(np.float32)
+    w, v = weights()
+    d = delta()
+    twice = w.astype(np.float64) + 0.5 * (d.b.astype(np.float64) @ d.a)
+    exact = x.astype(np.float64) @ v @ twice.T + np.arange(SIZE)
+    np.testing.assert_allclose(session.run(None, {"x": x})[0], exact, rtol=2e-5, atol=2e-3)
+    onnx.checker.check_model(str(out), full_check=True)
+
+
+def test_a_link_must_lie_in_the_folder_of_the_base(tmp_path: Path) -> None:
+    _, variant = linked_base(tmp_path / "models")
+    (tmp_path / "other").mkdir()
+    with pytest.raises(InputError, match="nothing can be linked"):
+        plan_onnx(variant, tmp_path / "other" / "variant.onnx", external="link")
+    # from above it works
+    with Staging(tmp_path / "variant.onnx") as stage:
+        plan_onnx(variant, stage.path, external="link", home=tmp_path).write()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["models", "other", "variant.onnx", "variant.onnx.data"]
+    onnxruntime.InferenceSession(str(tmp_path / "variant.onnx"), providers=["CPUExecutionProvider"])
+
+
+@pytest.mark.parametrize("external", ["inline", "data", "link"])
+def test_the_file_that_the_base_is_read_from_is_not_overwritten(tmp_path: Path, external: str) -> None:
+    base, _ = linked_base(tmp_path / "models")
+    base.with_name("base.onnx.data").rename(base.with_name("out.onnx.data"))
+    proto = onnx.load(str(base), load_external_data=False)
+    for tensor in proto.graph.initializer:
+        for entry in tensor.external_data:
+            entry.value = entry.value.replace("base.onnx.data", "out.onnx.data")
+    base.write_bytes(proto.SerializeToString())
+    loaded = load_onnx(base, LoadOptions()).ir
+    with pytest.raises(InputError, match="weights are read from this file"):
+        plan_onnx(loaded, base.with_name("out.onnx"), external=external)
