@@ -127,7 +127,10 @@ def _compare(case: _Case, inputs: list[dict[str, Array]]) -> EndToEnd:
             return EndToEnd("skipped", f"the base itself does not run here: {error.message}")
         return EndToEnd("skipped", f"the base does not run on made-up inputs ({error.message}); give it some: --inputs")
     unfused = in_reference(graph, case.bindings, case.reference)
-    reference = _run(unfused, inputs, options)
+    try:
+        reference = _run(unfused, inputs, options)
+    except RunError as error:
+        return EndToEnd("skipped", f"the reference does not run here: {error.message}", notes=unfused.notes)
     if (reason := _no_signal(reference)) is not None:
         return EndToEnd("fail", reason, notes=unfused.notes)
     cost = in_own_type(graph, case.bindings, options.dtype)

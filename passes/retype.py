@@ -5,6 +5,7 @@ Rules:
 1. Float initializers change lazily. A weight that is itself a cast or a fold is cast from its own source: a fold at
    higher precision is the fold before its rounding, not a rounded one made wide.
 2. ``Cast``'s target, the value of ``Constant`` and ``ConstantOfShape``, and ``dtype`` attributes change with them.
+   A mask's filler, the lowest number of the old type, becomes that of the new type, and not −inf (0 · −inf is NaN).
 3. Inputs keep their type, so that the same arrays feed both graphs: a Cast follows each. Outputs too, when asked.
 4. A node that may not have the new type (by its schema, or by ``in_float``) runs in float32 between Casts.
 5. With ``rounding``, every float result is rounded to that type and back: arithmetic of a type that the runtime
@@ -13,14 +14,17 @@ Rules:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
 from loracc.dtypes import round_to
 from loracc.folded import FoldedTensor
 from loracc.passes.value_types import allows, fill_types, schema_of
+from loracc.tensors import dims
 
 __all__ = ["RetypePass", "recast"]
 
@@ -30,6 +34,8 @@ _PRECISION = {
     ir.DataType.FLOAT: 24,
     ir.DataType.DOUBLE: 53,
 }
+#: Larger tensors are not looked into for fillers.
+_FILLER_ELEMENTS = 1 << 12
 #: Attributes that hold an element type.
 _TYPE_ATTRIBUTES = ("dtype", "output_dtype", "output_datatype")
 #: Operators whose results are elements of their inputs: rounding them again changes nothing.
@@ -44,6 +50,32 @@ def recast(tensor: ir.TensorProtocol, dtype: ir.DataType) -> FoldedTensor:
     if isinstance(tensor, FoldedTensor):
         return FoldedTensor(tensor.base, tensor.bindings, dtype)
     return FoldedTensor(tensor, (), dtype)
+
+
+def _filler(tensor: ir.TensorProtocol, dtype: ir.DataType) -> ir.TensorProtocol | None:
+    """A small tensor that holds numbers beyond the range of ``dtype``, with the range's ends in their place.
+
+    A scalar's number may be any; a vector's only the ends of its own type's range: a weight that large is no filler,
+    and its overflow is an error for whoever computes it. None where there is nothing to do.
+    """
+    size = math.prod(dims(tensor))
+    largest = _largest(dtype)
+    if size > _FILLER_ELEMENTS or tensor.dtype not in _PRECISION or _largest(tensor.dtype) <= largest:
+        return None
+    if isinstance(tensor, FoldedTensor) and tensor.bindings:
+        return None
+    values = np.asarray(tensor.numpy()).astype(np.float64)
+    beyond = np.isfinite(values) & (np.abs(values) > largest)
+    if size > 1:
+        beyond &= np.abs(values) == _largest(tensor.dtype)
+    if not beyond.any():
+        return None
+    clipped = np.where(beyond, np.clip(values, -largest, largest), values)
+    return ir.tensor(round_to(clipped, dtype), dtype=dtype, name=tensor.name)
+
+
+def _largest(dtype: ir.DataType) -> float:
+    return float(ml_dtypes.finfo(dtype.numpy()).max)  # type: ignore[no-untyped-call]  # untyped upstream
 
 
 class RetypePass(ir.passes.InPlacePass):
@@ -123,6 +155,8 @@ class RetypePass(ir.passes.InPlacePass):
                 value.type = ir.TensorType(self.to)
 
     def _tensor(self, tensor: ir.TensorProtocol) -> ir.TensorProtocol:
+        if (filler := _filler(tensor, self.to)) is not None:
+            return filler
         if self.rounding is not None:  # the weight's own rounding is part of what is emulated
             return FoldedTensor(tensor, (), self.to)
         return recast(tensor, self.to)
@@ -142,7 +176,7 @@ class RetypePass(ir.passes.InPlacePass):
             tensor = attribute.as_tensor()
             if tensor.dtype in self.sources:
                 exact = np.asarray(tensor.numpy()).astype(np.float64)
-                value = ir.tensor(round_to(exact, self.to), dtype=self.to, name=tensor.name)
+                value = _filler(tensor, self.to) or ir.tensor(round_to(exact, self.to), dtype=self.to, name=tensor.name)
                 node.attributes["value"] = ir.AttrTensor("value", value)
 
     def _type_attribute(self, node: ir.Node, name: str) -> None:
@@ -157,7 +191,9 @@ class RetypePass(ir.passes.InPlacePass):
             if attribute is not None and ir.DataType.FLOAT in self.sources:
                 del node.attributes[name]
                 exact = np.asarray(attribute.value, np.float32).astype(np.float64)
-                node.attributes["value"] = ir.AttrTensor("value", ir.tensor(round_to(exact, self.to), dtype=self.to))
+                plain = ir.tensor(exact.astype(np.float32))
+                value = _filler(plain, self.to) or ir.tensor(round_to(exact, self.to), dtype=self.to)
+                node.attributes["value"] = ir.AttrTensor("value", value)
 
     def _runs_in_float(self, node: ir.Node, changing: Collection[ir.Value], opsets: dict[str, int]) -> bool:
         """Rule 4. Control flow is never wrapped: its bodies are converted."""

@@ -6,6 +6,7 @@ import ml_dtypes
 import numpy as np
 import onnx
 import onnx_ir as ir
+import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from loracc.passes.retype import RetypePass, recast
@@ -142,3 +143,28 @@ def test_missing_types_are_inferred() -> None:
     to_double(graph)
     types = {node.op_type: node.outputs[0].dtype for node in graph.graph}
     assert types["MatMul"] == F64 and types["FastGelu"] == F32 and types["Softmax"] == F64
+
+
+@pytest.mark.parametrize("to", [F16, BF16])
+def test_a_masks_filler_stays_finite(to: ir.DataType) -> None:
+    """x · (1 − mask) · lowest: with −inf the kept positions would be 0 · −inf."""
+    lowest = float(np.finfo(np.float32).min)
+    nodes = [
+        helper.make_node("Constant", [], ["one"], value_float=lowest),
+        helper.make_node("Constant", [], ["two"], value=numpy_helper.from_array(np.array(lowest, np.float32))),
+        helper.make_node("Max", ["scalar", "one", "two", "vector"], ["lowest"]),
+        helper.make_node("Mul", ["x", "lowest"], ["y"]),
+    ]
+    vector = np.array([lowest, np.inf, 1, 2, 3, 4], np.float32)
+    graph = model(nodes, scalar=np.array(-3e38, np.float32), vector=vector)
+    RetypePass(to, sources=[F32])(graph)
+    largest = 65504.0 if to == F16 else float(np.uint32(0x7F7F0000).view(np.float32))
+    for name in ("scalar", "vector"):
+        value = graph.graph.initializers[name].const_value
+        assert value is not None and value.dtype == to
+        array = value.numpy().astype(np.float64).ravel()
+        assert array[0] == (-largest if to == F16 or name == "vector" else array[0]) and np.isfinite(array[0])
+    assert np.isinf(array[1]) and array[2] == 1  # an infinity that was one stays one
+    for node in list(graph.graph)[:3]:
+        if node.op_type == "Constant":
+            assert float(node.attributes["value"].as_tensor().numpy()) == -largest
