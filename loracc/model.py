@@ -43,8 +43,9 @@ class BaseModel:
         traced: Whether ``ir`` has the computation, and not only the weights.
         sample_inputs: Inputs by name that the model came with, or that the user gave; empty when there are none.
         dynamic_shapes: Symbols the front end made, for messages.
-        origin: The front end's own object, for the target of the same kind: a ``Pt2Archive`` for "exported_program", the
-            ``ExportedProgram`` for "huggingface", "module" and a traced "state_dict", ``CheckpointFiles`` for "checkpoint".
+        origin: The front end's own object, for the target of the same kind: a ``Pt2Archive`` for "exported_program",
+            the ``ExportedProgram`` for "huggingface", "module" and a traced "state_dict", ``CheckpointFiles`` for
+            "checkpoint".
         notes: What a user should know.
     """
 

@@ -17,7 +17,7 @@ from loracc.quiet import quiet
 from loracc.sources.checkpoint_files import read_config
 from loracc.sources.hf_inputs import TracedInput
 from loracc.sources.hf_weights import MappedWeights, read_weights
-from loracc.sources.module_model import choose_inputs
+from loracc.sources.module_model import choose_inputs, without_cache
 from loracc.sources.torch_export import name_dimensions, tied_groups, to_ir
 from loracc.sources.torch_sites import trace_sites
 from loracc.sources.torch_trace import TORCH_LOGGERS, reason_of, trace
@@ -145,7 +145,7 @@ def _build(path: Path, model_class: Any, config: Any, weights: MappedWeights, at
         )
     if hasattr(model, "get_experts_implementation") and _has_experts(model):
         model.set_experts_implementation("batched_mm")
-    model.config.use_cache = False
+    without_cache(model)
     model.config.return_dict = True
     return _Built(model.eval(), set(info["missing_keys"]), set(info["unexpected_keys"]))
 

@@ -16,7 +16,7 @@ from loracc.sources.torch_trace import trace
 from loracc.sources.training_mode import refuse_training_mode
 from loracc.sources.user_inputs import given_inputs, parse_dynamic_spec
 
-__all__ = ["choose_inputs", "trace_module"]
+__all__ = ["choose_inputs", "trace_module", "without_cache"]
 
 
 def trace_module(path: Path, module: Any, options: LoadOptions, *, format: str) -> BaseModel:
@@ -28,7 +28,7 @@ def trace_module(path: Path, module: Any, options: LoadOptions, *, format: str) 
     """
     library = _is_transformers(module)
     if library:
-        module.config.use_cache = False
+        without_cache(module)
     inputs = choose_inputs(module, path, options) if library else _given(module, path, options)
     program = trace(module, {t.name: t.array for t in inputs}, {t.name: t.symbols for t in inputs})
     refuse_training_mode(program, path)
@@ -45,6 +45,13 @@ def trace_module(path: Path, module: Any, options: LoadOptions, *, format: str) 
         notes=(f"torch fixed the length of {', '.join(fixed)}",) if fixed else (),
         input_ranges={traced.name: traced.range for traced in inputs if traced.range is not None},
     )
+
+
+def without_cache(model: Any) -> None:
+    """No key-value cache among a decoder's outputs; the parts of a model may have configurations of their own."""
+    for part in model.modules():
+        if hasattr(getattr(part, "config", None), "use_cache"):
+            part.config.use_cache = False
 
 
 def choose_inputs(model: Any, path: Path, options: LoadOptions) -> list[TracedInput]:

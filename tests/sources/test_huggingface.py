@@ -160,6 +160,22 @@ def test_another_class_of_the_same_checkpoint(load: Callable[[str], Loaded], tmp
     assert relative_error(run(base.ir, inputs, tmp_path)["last_hidden_state"], expected) < TOLERANCE
 
 
+def test_an_encoder_decoder_has_two_lengths_and_no_cache(tmp_path: Path) -> None:
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.T5Config(vocab_size=50, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2)
+    model: Any = transformers.T5ForConditionalGeneration(config)
+    model.eval()
+    base = load_huggingface(save_base(model, tmp_path / "t5"), LoadOptions())
+    inputs = text_inputs(3, 5, vocabulary=50) | {"decoder_input_ids": np.arange(12).reshape(3, 4)}
+    with torch.no_grad():
+        expected = model(**torch_inputs(inputs))
+    got = run(base.ir, inputs, tmp_path)
+    assert list(got) == ["logits", "encoder_last_hidden_state"]
+    assert relative_error(got["logits"], expected.logits.numpy()) < TOLERANCE
+
+
 def test_token_types_are_an_input_when_the_tokenizer_makes_them(mask_lm: tuple[Any, Path], tmp_path: Path) -> None:
     model, folder = mask_lm
     folder = changed(folder, tmp_path / "with")
