@@ -19,13 +19,11 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import onnx_ir as ir
 
-from loracc.adapter import Delta
 from loracc.deltas import Addition
 from loracc.dtypes import Array
-from loracc.folded import Binding, annotate
+from loracc.folded import annotate
 from loracc.passes.additive_trees import SUMS, additive_tree
 from loracc.passes.constant_values import Constants, element_type, is_onnx, plain_tensor
-from loracc.passes.find_sites import find_sites
 from loracc.passes.linear_forms import Form, Product
 from loracc.passes.linear_reader import Reader
 from loracc.passes.lookalikes import find_lookalikes, place
@@ -34,9 +32,9 @@ from loracc.passes.peft_names import adapter_name, clean_names
 from loracc.passes.raise_weights import raise_weight
 from loracc.passes.raised import Raised, Rejected
 from loracc.passes.raised_deltas import narrowed, weight_deltas
+from loracc.passes.raised_sites import Found, bind_found
 from loracc.passes.rewrite_sums import Plan, Refused, apply_plan, plan_rewrite, replace_value
 from loracc.passes.value_dims import Dims
-from loracc.sites import Layout, Site
 from loracc.tensors import dims as tensor_dims
 
 __all__ = ["RaiseLoraPass", "raise_lora"]
@@ -49,27 +47,6 @@ def raise_lora(model: ir.Model) -> Raised:
     raiser = RaiseLoraPass()
     raiser(model)
     return raiser.report
-
-
-@dataclass(frozen=True)
-class Found:
-    """A delta whose site has no name yet.
-
-    Attributes:
-        initializer: The weight, or the bias.
-        layout: The stored axis of each canonical axis.
-        kind: A site's kind.
-        delta: The change.
-        adapter: The adapter's name as its parameters tell it, else "graph".
-        node: The node that reads the weight.
-    """
-
-    initializer: ir.Value
-    layout: tuple[int, ...]
-    kind: str
-    delta: Delta
-    adapter: str
-    node: ir.Node
 
 
 class RaiseLoraPass(ir.passes.InPlacePass):
@@ -89,7 +66,7 @@ class RaiseLoraPass(ir.passes.InPlacePass):
         work.raise_weights()
         if work.found:
             clean_names(model)
-        bindings = _bindings(model, work.found)
+        bindings = bind_found(model, work.found)
         annotate(model, bindings)
         self.report = Raised(tuple(bindings), tuple(work.rejected()))
         return ir.passes.PassResult(model, modified=bool(work.found))
@@ -186,7 +163,7 @@ class _Work:
         for node in list(self.model.graph.all_nodes()):
             for raised in raise_weight(node, self.model.graph, self.constants):
                 self.found.append(
-                    Found(raised.initializer, raised.layout, raised.kind, raised.delta, raised.adapter, node)
+                    Found(raised.initializer, raised.layout, raised.kind, raised.delta, raised.adapter, raised.node)
                 )
 
     def rejected(self) -> list[Rejected]:
@@ -314,37 +291,3 @@ def _new_bias(main: ir.Graph, graph: ir.Graph, result: ir.Value, group: Group) -
                 graph.outputs[index] = out
         out.name, result.name = result.name, out.name
     return _Bias(bias, node)
-
-
-def _bindings(model: ir.Model, found: list[Found]) -> list[Binding]:
-    """Sites by the names that the raised graph has."""
-    if not found:
-        return []
-    table = find_sites(model)
-    bindings = []
-    for item in found:
-        site = _site(item, [s for s in table if s.initializer == item.initializer.name])
-        bindings.append(Binding(site, item.delta, item.adapter, site.name, "graph"))
-    return bindings
-
-
-def _site(item: Found, sites: list[Site]) -> Site:
-    identity = item.layout == tuple(range(len(item.layout)))
-    layout = Layout() if identity else Layout(item.layout)
-    fitting = [site for site in sites if site.layout == layout and site.kind in (item.kind, "other")]
-    mine = [site for site in fitting if site.consumer == item.node.name] or [s for s in fitting if not s.consumer]
-    if mine:
-        return mine[0]
-    alone = all(use.node is item.node for use in item.initializer.uses())
-    name = str(item.initializer.name)
-    module, dot, parameter = name.rpartition(".")
-    known = bool(dot) and parameter in ("weight", "bias")
-    return Site(
-        module if known else "",
-        parameter if known else "weight",
-        item.kind,
-        name,
-        layout,
-        "" if alone else str(item.node.name),
-        "name" if known else "",
-    )

@@ -32,8 +32,9 @@ _ARITHMETIC = frozenset({"Add", "Sub", "Sum", "Mul", "Div", "Cast", "Identity", 
 
 @dataclass(frozen=True)
 class RaisedWeight:
-    """A delta found in a weight's expression; the attributes are those of ``raise_lora.Found``."""
+    """A delta found in a weight's expression; the attributes are those of ``raised_sites.Found``."""
 
+    node: ir.Node
     initializer: ir.Value
     layout: tuple[int, ...]
     kind: str
@@ -62,7 +63,8 @@ def raise_weight(node: ir.Node, graph: ir.Graph, constants: Constants) -> Iterat
     _read_stored(graph, producer, value, stored, perm)
     drop_dead(graph, [producer])
     layout = _layout(stored, perm, turn, readers)
-    yield RaisedWeight(stored, layout, _kind(node), delta, adapter_name(names))
+    for reader in dict.fromkeys(readers):
+        yield RaisedWeight(reader, stored, layout, _kind(node), delta, adapter_name(names))
 
 
 def _base(value: ir.Value, constants: Constants) -> tuple[ir.Value, tuple[int, ...]] | None:

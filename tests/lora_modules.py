@@ -49,7 +49,7 @@ def export(module: Any, inputs: tuple[Any, ...], exporter: str) -> Any:
     with torch.no_grad(), quiet(*TORCH_LOGGERS), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the legacy exporter's deprecation, and PEFT's tracer warnings
         if exporter == "legacy":
-            buffer = io.BytesIO()
+            buffer: Any = io.BytesIO()
             torch.onnx.export(module, inputs, buffer, dynamo=False, opset_version=17)
             return ir.serde.deserialize_model(onnx.load_from_string(buffer.getvalue()))
         program = torch.export.export(module, inputs, strict=False)
@@ -93,7 +93,7 @@ def _gpt2_mlp() -> Any:
     from transformers.pytorch_utils import Conv1D
 
     _seeded()
-    module = nn.Sequential(Conv1D(20, 12), nn.ReLU(), Conv1D(8, 20))
+    module = nn.Sequential(Conv1D(20, 12), nn.ReLU(), Conv1D(8, 20))  # type: ignore[no-untyped-call]
     with_bias(module)
     return module
 
@@ -146,32 +146,15 @@ def _randomized(module: Any) -> Any:
 def _two_adapters() -> Any:
     import peft
 
-    model = peft.get_peft_model(_mlp(), peft.LoraConfig(r=2, lora_alpha=6, target_modules=["0", "2"]))
+    model: Any = peft.get_peft_model(_mlp(), peft.LoraConfig(r=2, lora_alpha=6, target_modules=["0", "2"]))
     model.add_adapter("second", peft.LoraConfig(r=3, lora_alpha=4, target_modules=["0", "2"]))
     model.base_model.set_adapter(["default", "second"])
     return _randomized(model)
 
 
-def _loralib(adapted: bool) -> Callable[[], Any]:
-    """loralib merges when told to eval: train(False) of every LoRA layer is skipped, as a user who keeps it unmerged does."""
-
-    def make() -> Any:
-        import loralib
-        from torch import nn
-
-        _seeded()
-        layer = loralib.Linear(12, 20, r=2, lora_alpha=6, merge_weights=False) if adapted else nn.Linear(12, 20)
-        if adapted:
-            _seeded()
-            plain = nn.Linear(12, 20)
-            layer.load_state_dict(plain.state_dict(), strict=False)
-        module = nn.Sequential(layer, nn.ReLU())
-        return _randomized(module)
-
-    return make
-
-
 def _loralib_layer(name: str, **arguments: Any) -> Callable[[bool], Callable[[], Any]]:
+    """loralib merges when told to eval, unless ``merge_weights=False``."""
+
     def of(adapted: bool) -> Callable[[], Any]:
         def make() -> Any:
             import loralib
@@ -198,6 +181,7 @@ def _loralib_layer(name: str, **arguments: Any) -> Callable[[bool], Callable[[],
     return of
 
 
+_loralib_linear = _loralib_layer("Linear", positional=(12, 20))
 _loralib_embedding = _loralib_layer("Embedding", positional=(50, 12))
 _loralib_conv = _loralib_layer("Conv2d", positional=(3, 8, 3), plain={"padding": 1})
 _loralib_merged = _loralib_layer(
@@ -224,7 +208,7 @@ CASES: dict[str, Case] = {
     ),
     "peft dora embedding": Case(_peft(_embedding, target_modules=["0"], use_dora=True), _embedding, _ids, 1),
     "peft dora conv2d": Case(_peft(_conv, target_modules=["0", "2"], use_dora=True), _conv, _floats(2, 3, 8, 8), 2),
-    "loralib linear": Case(_loralib(True), _loralib(False), _floats(2, 4, 12), 1),
+    "loralib linear": Case(_loralib_linear(True), _loralib_linear(False), _floats(2, 4, 12), 1),
     "loralib embedding": Case(_loralib_embedding(True), _loralib_embedding(False), _ids, 1),
     "loralib conv2d": Case(_loralib_conv(True), _loralib_conv(False), _floats(2, 3, 8, 8), 1),
     "loralib merged": Case(_loralib_merged(True), _loralib_merged(False), _floats(2, 4, 12), 1),
