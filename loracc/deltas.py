@@ -187,6 +187,11 @@ class Addition(Delta):
         d = self.d.astype(dtype)
         return d * d.dtype.type(self.s)
 
+    def apply_slab(self, w: Array, axis: int, lo: int, hi: int, statistic: Array | None = None) -> Array:
+        d = self.d[slab_index(self.d.ndim, axis, lo, hi)].astype(w.dtype, copy=False)
+        w += d if self.s == 1.0 else d * w.dtype.type(self.s)
+        return w
+
 
 @dataclass(frozen=True, eq=False)
 class Replacement(Delta):
