@@ -161,8 +161,9 @@ def _module_entries(
     except (ValueError, IndexError) as error:
         sizes = ", ".join(f"{role} {list(array.shape)}" for role, array in arrays.items())
         raise InputError(f"{module}: these tensors make no {spec.name} layer ({error}): {sizes}.") from error
-    straight = any(role.startswith("embedding_") for role in roles)
-    turned = False if straight else context.config is not None and context.config.fan_in_fan_out
+    # Not every kind's configuration is set right on a Conv1D (HiRA's says false): only "true" tells something.
+    turned = True if context.config is not None and context.config.fan_in_fan_out else None
+    turned = False if any(role.startswith("embedding_") for role in roles) else turned
     keys = tuple(tensor.key for tensor in roles.values())
     return [
         Entry(module, parameter, delta, keys, turned if parameter == "weight" else None, parameter in spec.optional)

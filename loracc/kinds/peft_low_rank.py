@@ -139,6 +139,8 @@ def gralora(arrays: Arrays, config: Config, module: str) -> dict[str, Delta]:
     """
     a, b = take64(arrays, "A", "GraLoRA", module), take64(arrays, "B", "GraLoRA", module)
     k, width, rank = a.shape
+    if rank % k or b.shape[:2] != (k, rank):
+        raise ValueError(f"{k} blocks of rank {rank} against {list(b.shape)}")
     part = rank // k
     hybrid = int(number(config.get("hybrid_r", 0), "hybrid_r", module))
     left = np.zeros((k, b.shape[2], k, k, part))  # [j, out/k, n, j', part], filled where j' = j
