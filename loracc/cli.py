@@ -15,7 +15,7 @@ from loracc.commands.bench import bench
 from loracc.commands.fold import fold
 from loracc.commands.inspect import inspect
 from loracc.commands.verify import verify
-from loracc.errors import LoraccError
+from loracc.errors import CheckFailed, LoraccError
 
 __all__ = ["main", "run"]
 
@@ -73,7 +73,8 @@ def _show(error: LoraccError, *, as_json: bool) -> None:
         click.echo(error.hint, err=True)
     if as_json:
         body = {"kind": type(error).__name__, "message": error.message, "hint": error.hint}
-        click.echo(json.dumps({"error": body}))
+        found = {"verification": error.verification} if isinstance(error, CheckFailed) else {}
+        click.echo(json.dumps({"error": body, **found}))
 
 
 def _interrupted() -> int:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Sequence
 from types import ModuleType
+from typing import Any
 
 __all__ = [
     "BindingError",
@@ -67,9 +68,13 @@ class MissingExtraError(LoraccError):
 
 
 class CheckFailed(LoraccError):
-    """A check said no: not equivalent, structure differs, or slower."""
+    """A check said no: not equivalent, structure differs, or slower. ``verification`` is what it found, as JSON."""
 
     exit_code = 1
+
+    def __init__(self, message: str, *, verification: dict[str, Any], hint: str | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.verification = verification
 
 
 def combined(errors: Sequence[LoraccError]) -> LoraccError:
@@ -94,6 +99,7 @@ _EXTRA_OF = {
     "tensorrt": "trt",
     "tensorrt_rtx": "rtx",
     "peft": "dev",
+    "gguf": "gguf",
 }
 
 

@@ -269,8 +269,9 @@ def _verify_staged(base: BaseModel, path: Path, bound: BindResult, job: Job) -> 
     if result.verdict == "fail":
         raise CheckFailed(
             f"{job.output}: the result did not pass its verification, and was not written.\n{result.summary()}",
-            hint="This is a bug of loracc's unless the model or the adapter is at its numeric limits; "
-            "--no-verify writes the output all the same.",
+            verification=result.to_json(),
+            hint="An adapter that changes nothing was not trained, or is the wrong file. Anything else is a bug of loracc's, "
+            "unless the weights are at their numeric limits; --no-verify writes the output all the same.",
         )
     return result
 
