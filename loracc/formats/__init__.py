@@ -18,13 +18,18 @@ from loracc.formats.adapter_options import AdapterOptions
 from loracc.formats.adapter_source import CONFIG, WEIGHTS, AdapterSource, open_source
 from loracc.formats.adapter_spec import AdapterSpec, parse_adapter_spec
 from loracc.formats.diffusers import is_diffusers, read_diffusers
+from loracc.formats.gguf import is_gguf, read_gguf_adapter
+from loracc.formats.gguf_file import has_gguf_magic
 from loracc.formats.kohya import is_kohya, read_kohya
 from loracc.formats.loralib import is_loralib, read_loralib
 from loracc.formats.lycoris import is_lycoris, read_lycoris
 from loracc.formats.mlx import is_mlx, read_mlx
+from loracc.formats.onnx_adapter import is_onnx_adapter, read_onnx_adapter
+from loracc.formats.onnx_adapter_file import has_adapter_magic
 from loracc.formats.peft import is_peft, read_peft
 from loracc.formats.tensors import some
 from loracc.formats.torchtune import is_torchtune, read_torchtune
+from loracc.formats.unsloth import is_packed_peft, read_packed_peft
 
 __all__ = [
     "FORMATS",
@@ -48,11 +53,14 @@ class AdapterFormat:
 
 #: Tried in this order; the first whose content matches reads the file.
 FORMATS: tuple[AdapterFormat, ...] = (
+    AdapterFormat("onnx_adapter", is_onnx_adapter, read_onnx_adapter),
+    AdapterFormat("gguf", is_gguf, read_gguf_adapter),
     AdapterFormat("mlx", is_mlx, read_mlx),
     AdapterFormat("kohya", is_kohya, read_kohya),
     AdapterFormat("lycoris", is_lycoris, read_lycoris),
     AdapterFormat("diffusers", is_diffusers, read_diffusers),
     AdapterFormat("torchtune", is_torchtune, read_torchtune),
+    AdapterFormat("peft", is_packed_peft, read_packed_peft),
     AdapterFormat("peft", is_peft, read_peft),
     AdapterFormat("loralib", is_loralib, read_loralib),
 )
@@ -87,9 +95,10 @@ def load_adapter(
     for candidate in FORMATS:
         if candidate.matches(source):
             return candidate.read(source, name or _default_name(source), told)
+    known = ", ".join(dict.fromkeys(one.name for one in FORMATS))
     raise InputError(
-        f"{source.file}: not an adapter of a known format ({', '.join(one.name for one in FORMATS)}); it holds "
-        f"{len(source.tensors)} tensors: {some(source.tensors, limit=3)}.",
+        f"{source.file}: not an adapter of a known format ({known}); it holds {len(source.tensors)} tensors: "
+        f"{some(source.tensors, limit=3)}.",
         hint="Is it the model? The model comes first: loracc fold MODEL ADAPTER -o OUT",
     )
 
@@ -105,6 +114,8 @@ def is_adapter(path: str | os.PathLike[str]) -> bool:
         named = any((child / CONFIG).is_file() for child in target.iterdir() if child.is_dir())
         return is_adapter_folder(names) or bool(set(WEIGHTS) & set(names)) or (named and "config.json" not in names)
     if target.name in (CONFIG, *WEIGHTS):
+        return True
+    if target.is_file() and (has_adapter_magic(target) or has_gguf_magic(target)):
         return True
     if target.suffix != ".safetensors" or not target.is_file():
         return False

@@ -16,7 +16,7 @@ __all__ = ["CONFIG", "WEIGHTS", "AdapterSource", "locate", "open_source"]
 CONFIG = "adapter_config.json"
 #: File names that libraries give an adapter's tensors, in the order they are looked for.
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin", "adapters.safetensors", "pytorch_lora_weights.safetensors")
-_SUFFIXES = frozenset({".safetensors", ".bin", ".pt", ".pth"})
+_SUFFIXES = frozenset({".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx_adapter"})
 
 
 @dataclass(frozen=True)

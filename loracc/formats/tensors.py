@@ -13,6 +13,8 @@ import numpy as np
 
 from loracc.dtypes import Array, all_finite
 from loracc.errors import InputError, NumericsError, require
+from loracc.formats.gguf_file import read_gguf
+from loracc.formats.onnx_adapter_file import has_adapter_magic, read_parameters
 from loracc.rows import give_back, mapped
 from loracc.sources.safetensors_file import TensorInfo, read_header
 
@@ -24,11 +26,11 @@ _FLOATS = tuple(np.dtype(name) for name in (np.float16, ml_dtypes.bfloat16, np.f
 def read_tensors(path: Path, *, allow_pickle: bool = False) -> tuple[dict[str, Array], dict[str, str]]:
     """The tensors of a file in their own dtypes, in the file's order, and its metadata strings.
 
-    The kind of file is told by its bytes: safetensors, or what ``torch.save`` writes.
+    The kind of file is told by its bytes: safetensors, what ``torch.save`` writes, GGUF, or ONNX Runtime's adapters.
 
     Raises:
         InputError: Missing, truncated, of another kind, or more than tensors without ``allow_pickle``.
-        MissingExtraError: torch is not installed and the file is PyTorch's.
+        MissingExtraError: The package that reads the file is not installed.
     """
     try:
         with open(path, "rb") as file:
@@ -39,6 +41,10 @@ def read_tensors(path: Path, *, allow_pickle: bool = False) -> tuple[dict[str, A
         raise InputError(f"{path}: the file is empty.", hint="Fetch it again.")
     if start.startswith((b"PK", b"\x80")):
         return _read_torch(path, allow_pickle), {}
+    if start.startswith(b"GGUF"):
+        return read_gguf(path)
+    if has_adapter_magic(path):
+        return read_parameters(path), {}
     header = read_header(path)
     data = mapped(path)
     return {info.name: _view(data, info) for info in header.tensors}, header.metadata

@@ -122,7 +122,7 @@ def test_text_encoders_old_names(tmp_path: Path) -> None:
 
 def test_a_file_for_several_models_asks_which_and_uses_that_ones_metadata(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
-    state = {}
+    state: dict[str, torch.Tensor] = {}
     for component in ("unet", "text_encoder"):
         state |= {f"{component}.mid.to_q.lora_A.weight": torch.ones(2, 6)}
         state |= {f"{component}.mid.to_q.lora_B.weight": torch.ones(10, 2)}
