@@ -50,7 +50,7 @@ def write_onnx(
         model: What to write.
         path: The ``.onnx`` file; the data file goes beside it. Put it in place with :class:`loracc.staging.Staging`.
         external: "inline", "data", "auto" (a data file where the weights exceed 64 MiB) or "link": what did not change
-            stays in the base's data file, which must lie in the output's folder: :mod:`loracc.targets.linked_data`).
+            stays in the base's data file, which must lie in the output's folder: :mod:`loracc.targets.linked_data`.
         progress: Told of the bytes of the data file.
         workers: See :func:`loracc.streaming.write_files`.
 

@@ -17,6 +17,7 @@ import onnx_ir as ir
 import pytest
 
 from loracc import streaming
+from loracc.adapter import Delta
 from loracc.deltas import Addition, DoRA, LowRank, Replacement
 from loracc.dtypes import Array
 from loracc.errors import InputError, NumericsError
@@ -252,3 +253,21 @@ def test_an_error_in_a_helper_reaches_the_caller(tmp_path: Path) -> None:
     segments = tuple(Segment(i * tensor.nbytes, tensor) for i in range(50))
     with pytest.raises(RuntimeError, match="helper"):
         write_files([OutputFile(tmp_path / "out", 50 * tensor.nbytes, segments)], progress=Recorder(fail), workers=2)
+
+
+def test_a_kind_that_forms_its_change_whole_forms_it_once(tmp_path: Path) -> None:
+    class Counting(Addition):
+        made = 0
+
+        def materialize(self, dtype: np.dtype[np.generic]) -> Array:
+            type(self).made += 1
+            return super().materialize(dtype)
+
+        apply_slab = Delta.apply_slab
+
+    base = store(tmp_path / "w", weight(ir.DataType.FLOAT), ir.DataType.FLOAT)
+    extra = np.random.default_rng(3).standard_normal((ROWS, COLUMNS)).astype(np.float32)
+    result = written(tmp_path / "out", FoldedTensor(base, [bind(Counting(extra, 0.5))]), tile_bytes=1)
+    assert Counting.made == 1
+    exact = weight(ir.DataType.FLOAT).astype(np.float64) + 0.5 * extra.astype(np.float64)
+    assert (result == exact.astype(np.float32)).all()

@@ -7,6 +7,8 @@ from typing import ClassVar
 
 import numpy as np
 
+from loracc.adapter import Delta
+from loracc.deltas import Addition
 from loracc.dtypes import Array
 from loracc.kinds.base import Scaled
 
@@ -60,6 +62,9 @@ class FourierFT(SHiRA):
         spectrum = np.zeros(self.target, np.float64)
         spectrum[self.rows, self.columns] = self.values
         return (np.fft.ifft2(spectrum).real * self.s).astype(dtype)
+
+    def converted(self, dtype: np.dtype[np.generic]) -> Delta:
+        return Addition(self.materialize(dtype))
 
     def apply_slab(self, w: Array, axis: int, lo: int, hi: int, statistic: Array | None = None) -> Array:
         whole = self.materialize(w.dtype)
