@@ -8,14 +8,22 @@ match several of the output (un-sharing a weight that only some of its readers c
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 import onnx_ir as ir
 
 from loracc.tensors import dims
+from loracc.verify_describe import (
+    attribute_text,
+    node_text,
+    nodes_of,
+    operator_diff,
+    origin_text,
+    shape_text,
+    value_text,
+)
 
 __all__ = ["Match", "Pair", "compare_checkpoints", "compare_graphs"]
 
@@ -65,8 +73,8 @@ def compare_graphs(base: ir.Model, out: ir.Model) -> Match:
     """Walk both graphs; differences say what is where."""
     walk = _Walk(base, out)
     walk.go()
-    match = Match(walk.differences, walk.pairs(), walk.names(), sum(1 for _ in _nodes(base)))
-    if match.differences and (diff := _operator_diff(base, out)):
+    match = Match(walk.differences, walk.pairs(), walk.names(), sum(1 for _ in nodes_of(base)))
+    if match.differences and (diff := operator_diff(base, out)):
         match.differences = [*diff, *match.differences]
     match.differences = list(dict.fromkeys(match.differences))[:_SHOWN]
     return match
@@ -124,9 +132,9 @@ class _Walk:
                 self._bodies(functions[key], others[key], f"function {key[1]}")
         self._walk()
         for side, model, seen in (("base", self.base, self._nodes), ("output", self.out, self._nodes_back)):
-            for node in _nodes(model):
+            for node in nodes_of(model):
                 if node not in seen:
-                    self._differ(f"node only in the {side}: {_name(node)}")
+                    self._differ(f"node only in the {side}: {node_text(node)}")
 
     def pairs(self) -> list[Pair]:
         found = {value: Pair(str(base.name), str(value.name), tuple(self._readers.get(value, ())))
@@ -147,7 +155,7 @@ class _Walk:
 
     def _opsets(self) -> None:
         one, other = self.base.graph.opset_imports, self.out.graph.opset_imports
-        used = {node.domain for node in _nodes(self.base)} | {""}
+        used = {node.domain for node in nodes_of(self.base)} | {""}
         for domain in sorted(used):
             if one.get(domain) != other.get(domain):
                 label = domain or "ai.onnx"
@@ -167,8 +175,8 @@ class _Walk:
                     self._pair(one, other, f"input {one.name}")
                 else:
                     self._pending.append((one, other, f"output {one.name}"))
-                if (one.type, _shape(one)) != (other.type, _shape(other)):
-                    self._differ(f"{what} {one.name}: {_describe(one)} in the base, {_describe(other)} in the output")
+                if (one.type, shape_text(one)) != (other.type, shape_text(other)):
+                    self._differ(f"{what} {one.name}: {value_text(one)} in the base, {value_text(other)} in the output")
 
     def _walk(self) -> None:
         while self._pending:
@@ -186,47 +194,47 @@ class _Walk:
             self._initializers(one, other, where)
             return
         if one in self._values or other in self._back:
-            self._differ(f"{where}: reads {_origin(other)} in the output, {_origin(one)} in the base")
+            self._differ(f"{where}: reads {origin_text(other)} in the output, {origin_text(one)} in the base")
             return
         node, match = one.producer(), other.producer()
         if node is None or match is None:
             if node is not match or one.name != other.name:
-                self._differ(f"{where}: reads {_origin(other)} in the output, {_origin(one)} in the base")
+                self._differ(f"{where}: reads {origin_text(other)} in the output, {origin_text(one)} in the base")
             return
         if one.index() != other.index():
-            self._differ(f"{where}: reads output {other.index()} of {_name(match)}, not {one.index()}")
+            self._differ(f"{where}: reads output {other.index()} of {node_text(match)}, not {one.index()}")
             return
         self._node(node, match)
 
     def _node(self, node: ir.Node, match: ir.Node) -> None:
         if node in self._nodes or match in self._nodes_back:
             if self._nodes.get(node) is not match:
-                self._differ(f"{_name(node)}: matches two nodes of the output")
+                self._differ(f"{node_text(node)}: matches two nodes of the output")
             return
         if node.op_identifier() != match.op_identifier() or len(node.inputs) != len(match.inputs):
-            self._differ(f"{_name(node)} in the base is {_name(match)} in the output")
+            self._differ(f"{node_text(node)} in the base is {node_text(match)} in the output")
             return
         self._nodes[node], self._nodes_back[match] = match, node
         if len(node.outputs) != len(match.outputs):
-            self._differ(f"{_name(node)}: {len(match.outputs)} outputs instead of {len(node.outputs)}")
+            self._differ(f"{node_text(node)}: {len(match.outputs)} outputs instead of {len(node.outputs)}")
         self._attributes(node, match)
         for one, other in zip(node.outputs, match.outputs, strict=False):
-            self._pair(one, other, f"result of {_name(node)}")
+            self._pair(one, other, f"result of {node_text(node)}")
         for index, (one_in, other_in) in enumerate(zip(node.inputs, match.inputs, strict=True)):
             if other_in is not None and other_in.is_initializer():
                 self._readers.setdefault(other_in, {})[str(node.name)] = None
-            self._pending.append((one_in, other_in, f"input {index} of {_name(node)}"))
+            self._pending.append((one_in, other_in, f"input {index} of {node_text(node)}"))
 
     def _pair(self, one: ir.Value, other: ir.Value, where: str) -> None:
         self._values[one], self._back[other] = other, one
         if one.type is not None and other.type is not None and one.type != other.type:
-            self._differ(f"{where}: {_describe(other)} in the output, {_describe(one)} in the base")
-        elif one.shape is not None and other.shape is not None and _shape(one) != _shape(other):
-            self._differ(f"{where}: shape {_shape(other)} in the output, {_shape(one)} in the base")
+            self._differ(f"{where}: {value_text(other)} in the output, {value_text(one)} in the base")
+        elif one.shape is not None and other.shape is not None and shape_text(one) != shape_text(other):
+            self._differ(f"{where}: shape {shape_text(other)} in the output, {shape_text(one)} in the base")
 
     def _initializers(self, one: ir.Value, other: ir.Value, where: str) -> None:
         if not (one.is_initializer() and other.is_initializer()):
-            self._differ(f"{where}: reads {_origin(other)} in the output, {_origin(one)} in the base")
+            self._differ(f"{where}: reads {origin_text(other)} in the output, {origin_text(one)} in the base")
             return
         known = self._initializer.setdefault(other, one)
         if known is not one:
@@ -237,19 +245,17 @@ class _Walk:
     def _attributes(self, node: ir.Node, match: ir.Node) -> None:
         for name in sorted({*node.attributes, *match.attributes}):
             one, other = node.attributes.get(name), match.attributes.get(name)
-            if one is None or other is None or one.type != other.type:
-                self._differ(
-                    f"{_name(node)}: attribute {name} is {_show(other)} in the output, {_show(one)} in the base"
-                )
-            elif one.type == ir.AttributeType.GRAPH:
-                self._bodies(one.as_graph(), other.as_graph(), f"{_name(node)}.{name}")
-            elif one.type == ir.AttributeType.GRAPHS:
+            kind = one.type if one is not None and other is not None and one.type == other.type else None
+            if one is None or other is None or kind is None or not (_is_body(kind) or _same_attribute(one, other)):
+                here, there = attribute_text(one), attribute_text(other)
+                self._differ(f"{node_text(node)}: attribute {name} is {there} in the output, {here} in the base")
+            elif kind == ir.AttributeType.GRAPH:
+                self._bodies(one.as_graph(), other.as_graph(), f"{node_text(node)}.{name}")
+            elif kind == ir.AttributeType.GRAPHS:
+                if len(one.as_graphs()) != len(other.as_graphs()):
+                    self._differ(f"{node_text(node)}: attribute {name} has another number of bodies")
                 for body, other_body in zip(one.as_graphs(), other.as_graphs(), strict=False):
-                    self._bodies(body, other_body, f"{_name(node)}.{name}")
-            elif not _same_attribute(one, other):
-                self._differ(
-                    f"{_name(node)}: attribute {name} is {_show(other)} in the output, {_show(one)} in the base"
-                )
+                    self._bodies(body, other_body, f"{node_text(node)}.{name}")
 
     def _bodies(self, one: ir.Graph | ir.Function, other: ir.Graph | ir.Function, where: str) -> None:
         if len(one.inputs) != len(other.inputs) or len(one.outputs) != len(other.outputs):
@@ -261,35 +267,6 @@ class _Walk:
             self._pending.append((mine, theirs, f"output of {where}"))
 
 
-def _nodes(model: ir.Model) -> Iterator[ir.Node]:
-    yield from ir.traversal.RecursiveGraphIterator(model.graph)
-    for function in model.functions.values():
-        yield from ir.traversal.RecursiveGraphIterator(function)
-
-
-def _operator_diff(base: ir.Model, out: ir.Model) -> list[str]:
-    """Where the sequences of operators part: what a person looks for first."""
-    ours, theirs = list(_nodes(base)), list(_nodes(out))
-    matcher = difflib.SequenceMatcher(
-        None, [node.op_type for node in ours], [node.op_type for node in theirs], autojunk=False
-    )
-    found = []
-    for tag, i, j, k, m in matcher.get_opcodes():
-        if tag == "equal":
-            continue
-        after = f" after {_name(ours[i - 1])}" if i else " at the start"
-        gone, new = ", ".join(map(_name, ours[i:j])), ", ".join(map(_name, theirs[k:m]))
-        if tag == "insert":
-            found.append(f"the output has {new} more{after}")
-        elif tag == "delete":
-            found.append(f"the output lacks {gone}{after}")
-        else:
-            found.append(f"the output has {new} in place of {gone}{after}")
-        if len(found) == _SHOWN // 2:
-            break
-    return found
-
-
 def _tensor_difference(one: ir.Value, other: ir.Value) -> str | None:
     mine, theirs = one.const_value, other.const_value
     if mine is None or theirs is None:
@@ -299,6 +276,10 @@ def _tensor_difference(one: ir.Value, other: ir.Value) -> str | None:
     if dims(mine) != dims(theirs):
         return f"shape {list(dims(theirs))} in the output, {list(dims(mine))} in the base"
     return None
+
+
+def _is_body(kind: ir.AttributeType) -> bool:
+    return kind in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
 
 
 def _same_attribute(one: ir.Attr, other: ir.Attr) -> bool:
@@ -315,29 +296,3 @@ def _same_attribute(one: ir.Attr, other: ir.Attr) -> bool:
     if one.type in (ir.AttributeType.INTS, ir.AttributeType.STRINGS):
         return list(one.value) == list(other.value)
     return bool(one.value == other.value)
-
-
-def _shape(value: ir.Value) -> list[str] | None:
-    return None if value.shape is None else [str(n) for n in value.shape]
-
-
-def _describe(value: ir.Value) -> str:
-    return f"{value.type}{_shape(value) if value.shape is not None else ''}"
-
-
-def _name(node: ir.Node) -> str:
-    return f"{node.op_type} {node.name!r}" if node.name else node.op_type
-
-
-def _origin(value: ir.Value) -> str:
-    producer = value.producer()
-    if value.is_initializer():
-        return f"initializer {value.name}"
-    return f"the result of {_name(producer)}" if producer is not None else f"input {value.name}"
-
-
-def _show(attribute: ir.Attr | None) -> str:
-    if attribute is None:
-        return "absent"
-    text = attribute.ref_attr_name if attribute.is_ref() else str(attribute.value)
-    return text if text and len(text) <= 60 else f"{str(text)[:57]}..."

@@ -185,20 +185,30 @@ class _Sums:
     foreign: int = 0  # elements of no site that changed
     along: float = 0.0  # <W' − W, ΔW>: over ‖ΔW‖² it is the strength at which the delta is there
 
-    def add(self, original: Array, exact: Array, actual: Array, rounded: Array, slack: Array | None) -> None:
-        """One slab: W, the oracle and W' in float64, the oracle rounded, and |W|+|s|Σ|B||A| where it is needed."""
+    def add(self, original: Array, exact: Array, actual: Array, wrong: Array) -> None:
+        """One slab: W, the oracle and W' in float64, and where W' is not the oracle rounded."""
         self.elements += actual.size
-        self.correct += int(np.count_nonzero(actual == rounded))
-        difference = np.abs(actual - exact)
-        self.finite &= bool(np.isfinite(actual).all())
-        self.error = max(self.error, float(difference.max(initial=0.0)))
-        self.largest = max(self.largest, float(np.abs(exact).max(initial=0.0)))
-        self.weight += float(np.sum(original**2))
-        self.change += float(np.sum((exact - original) ** 2))
-        self.lost += float(np.sum(difference**2))
-        self.along += float(np.sum((actual - original) * (exact - original)))
-        if slack is not None:
-            self.excess = max(self.excess, float(np.max(difference / slack, initial=0.0)))
+        self.correct += actual.size - int(np.count_nonzero(wrong))
+        change, lost = exact - original, actual - exact
+        self.error = max(self.error, _largest(lost))
+        self.largest = max(self.largest, _largest(exact))
+        self.weight += _dot(original, original)
+        self.change += (squared := _dot(change, change))
+        self.lost += _dot(lost, lost)
+        self.along += squared + _dot(change, lost)
+        self.finite &= math.isfinite(self.error)
+
+
+def _dot(one: Array, other: Array) -> float:
+    return float(np.vdot(one, other))
+
+
+def _largest(values: Array) -> float:
+    """max|v|, NaN counting as inf."""
+    if not values.size:
+        return 0.0
+    largest = max(float(values.max()), -float(values.min()))
+    return math.inf if math.isnan(largest) else largest
 
 
 def _check_site(
@@ -208,11 +218,12 @@ def _check_site(
     base, sums = _source(before), _Sums()
     for layout, here in _by_layout(bindings):
         for original, exact, actual, magnitude in oracle_slabs(base, after, layout, here):
-            rounded = round_to(exact, after.dtype).astype(np.float64)
-            wrong = not np.array_equal(rounded, actual)
-            slack = half_ulp(exact, after.dtype) + SLACK * magnitude() if wrong else None
-            with np.errstate(invalid="ignore"):  # inf − inf, when the output holds inf: found and said by add()
-                sums.add(original, exact, actual, rounded, slack)
+            wrong = round_to(exact, after.dtype).astype(np.float64) != actual
+            with np.errstate(invalid="ignore"):  # inf − inf, when the output holds inf: sums.finite says so
+                sums.add(original, exact, actual, wrong)
+                if wrong.any():
+                    allowed = half_ulp(exact[wrong], after.dtype) + SLACK * magnitude(wrong)
+                    sums.excess = max(sums.excess, _largest((actual[wrong] - exact[wrong]) / allowed))
     sums.foreign = _foreign(base, after, bindings)
     site_name, adapter = _names(bindings)
     norm = math.sqrt(sums.change)
