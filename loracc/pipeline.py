@@ -6,13 +6,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loracc.errors import BindingError, CheckFailed, InputError
 
 if TYPE_CHECKING:
+    import onnx_ir as ir
+
     from loracc.adapter import Adapter
     from loracc.job import Job
     from loracc.model import BaseModel
@@ -115,7 +117,12 @@ def fold(
     load, told = _split(options)
     loaded = _load(model, load, graph=job.target.needs_graph)
     read = [load_adapter(spec.path, name=spec.name, **told).scaled(spec.weight) for spec in specs]
-    loaded, bound = _bind(loaded, read, maps, allow_unmatched)
+    raised_from = None
+    if read:
+        loaded, bound = _bind(loaded, read, maps, allow_unmatched)
+    else:
+        raised_from = loaded.ir
+        loaded, bound = _raise(loaded)
     lowered = lower(loaded, job.dtype)
     if loaded.traced:
         stamp_provenance(lowered.ir, read, bound.bindings)
@@ -127,7 +134,7 @@ def fold(
         plan = job.plan(lowered, stage.path)
         stage.expected_bytes = plan.nbytes
         plan.write(job.progress)
-        verification = _verify_staged(loaded, stage.path, bound, job) if verify else None
+        verification = _verify_staged(loaded, stage.path, bound, job, raised_from) if verify else None
     result = _result(job, loaded, lowered, bound, verification, stage.files, plan.nbytes)
     for path in reports:
         write_report(result.to_json(), path)
@@ -245,11 +252,6 @@ def _bind(
 ) -> tuple[BaseModel, BindResult]:
     """Bind, by a checkpoint's own names or, where those do not fit, by what transformers makes of them."""
     from loracc.passes.bind_adapter import bind
-
-    if not adapters:
-        raise InputError(
-            "no adapter was given.", hint="Name one or more after the model: loracc fold MODEL ADAPTER -o OUT"
-        )
     from loracc.sources.hf_names import with_module_names
 
     try:
@@ -259,19 +261,43 @@ def _bind(
         return model, bind(model, adapters, maps=maps, allow_unmatched=allow_unmatched)
 
 
-def _verify_staged(base: BaseModel, path: Path, bound: BindResult, job: Job) -> Verification:
+def _raise(model: BaseModel) -> tuple[BaseModel, BindResult]:
+    """The LoRA branches in the model's own graph as deltas on the base graph; the model itself stays as it is."""
+    from loracc.passes.bind_adapter import BindResult
+    from loracc.passes.find_sites import find_sites
+    from loracc.passes.raise_lora import raise_lora
+
+    if not model.traced:
+        raise InputError(
+            "no adapter was given.", hint="Name one or more after the model: loracc fold MODEL ADAPTER -o OUT"
+        )
+    graph = model.ir.clone()
+    raised = raise_lora(graph)
+    left = [f"looks like LoRA and is not: {rejected}" for rejected in raised.rejected]
+    if not raised.bindings:
+        raise InputError(
+            "\n".join([f"{model.path}: no adapter was given, and the graph has no LoRA branches.", *left]),
+            hint="Name adapters after the model: loracc fold MODEL ADAPTER -o OUT",
+        )
+    found = replace(model, ir=graph, sites=find_sites(graph))
+    return found, BindResult(list(raised.bindings), notes=left)
+
+
+def _verify_staged(
+    base: BaseModel, path: Path, bound: BindResult, job: Job, raised_from: ir.Model | None
+) -> Verification:
     """Judge what was written, where it was written; raise when a check says no."""
     from loracc.verify import VerifyOptions
     from loracc.verify import verify as judge
 
     made = _load(path, {}, graph=job.target.needs_graph)
-    result = judge(base, made, bound.bindings, VerifyOptions(dtype=job.dtype))
+    result = judge(base, made, bound.bindings, VerifyOptions(dtype=job.dtype, raised_from=raised_from))
     if result.verdict == "fail":
         raise CheckFailed(
             f"{job.output}: the result did not pass its verification, and was not written.\n{result.summary()}",
             verification=result.to_json(),
-            hint="An adapter that changes nothing was not trained, or is the wrong file. Anything else is a bug of loracc's, "
-            "unless the weights are at their numeric limits; --no-verify writes the output all the same.",
+            hint="An adapter that changes nothing was not trained, or is the wrong file. Anything else is a bug of "
+            "loracc's, unless the weights are at their numeric limits; --no-verify writes the output all the same.",
         )
     return result
 

@@ -126,14 +126,15 @@ def _compare(case: _Case, inputs: list[dict[str, Array]]) -> EndToEnd:
         if options.inputs or case.base.sample_inputs:
             return EndToEnd("skipped", f"the base itself does not run here: {error.message}")
         return EndToEnd("skipped", f"the base does not run on made-up inputs ({error.message}); give it some: --inputs")
-    unfused = in_reference(graph, case.bindings, case.reference)
+    source, branches = (options.raised_from, ()) if options.raised_from else (graph, case.bindings)
+    unfused = in_reference(source, branches, case.reference)
     try:
         reference = _run(unfused, inputs, options)
     except RunError as error:
         return EndToEnd("skipped", f"the reference does not run here: {error.message}", notes=unfused.notes)
     if (reason := _no_signal(reference)) is not None:
         return EndToEnd("fail", reason, notes=unfused.notes)
-    cost = in_own_type(graph, case.bindings, options.dtype)
+    cost = in_own_type(source, branches, options.dtype)
     folded = as_written(case.path or case.out.ir, case.out.ir)
     notes = tuple(dict.fromkeys((*unfused.notes, *cost.notes, *folded.notes)))
     try:
