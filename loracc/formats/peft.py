@@ -55,7 +55,7 @@ def read_peft(source: AdapterSource, name: str, options: AdapterOptions) -> Adap
         path=str(source.path),
         format="peft",
         entries=tuple(entries),
-        notes=_notes(config, options),
+        notes=_notes(config, options, context.attention),
         config=dict(source.config or {}),
         digest=digest_of(source.tensors, _facts(config, options)),
     )
@@ -121,12 +121,16 @@ def _check_complete(path: Path, config: PeftConfig | None, entries: list[Entry])
         raise InputError(f"{path}: adapter_config.json sets trainable_token_indices, and the file has no token rows.")
 
 
-def _notes(config: PeftConfig | None, options: AdapterOptions) -> tuple[str, ...]:
+def _notes(config: PeftConfig | None, options: AdapterOptions, attention: Iterable[str]) -> tuple[str, ...]:
+    twice = tuple(
+        f"{plain_path(path)}: PEFT's forward adds the delta of out_proj twice, in training too; so does the fold."
+        for path in sorted(attention)
+    )
     if config is None:
-        return ()
+        return twice
     given = next((flag for flag in ("alpha", "scale") if getattr(options, flag) is not None), None)
     ignored = (f"--{given} is not used: adapter_config.json says the scale.",) if given else ()
-    return (*config.notes, *ignored)
+    return (*config.notes, *ignored, *twice)
 
 
 def _facts(config: PeftConfig | None, options: AdapterOptions) -> dict[str, Any]:

@@ -6,7 +6,7 @@ layer                A, B                                    ΔW
 linear, Conv1D       ``[r, in]``, ``[out, r]``               s·B·A (``fan_in_fan_out`` is only how W is stored)
 convolution          ``[r, in, *k]``, ``[out, r, 1...]``     s·Σ_r B[o, r]·A[r, i, ...]
 embedding            ``[r, num]``, ``[dim, r]``              s·(B·A)ᵀ, which is LowRank with b = Aᵀ and a = Bᵀ
-MultiheadAttention   ``[r, e]``, ``[3e, r]``                 s·B·A on ``in_proj_weight``
+MultiheadAttention   ``[r, e]``, ``[3e, r]``                 s·B·A on ``in_proj_weight``; its ``out_proj`` gets 2·s·B·A
 KaSA                 ``[r, in]``, ``[out, r]``, diagonal     s·B·diag·A, and W without its r smallest singular values
 ==================== ======================================= =====================================================
 """
@@ -28,7 +28,7 @@ from loracc.errors import InputError, UnsupportedError
 from loracc.formats.adapter_options import AdapterOptions
 from loracc.formats.key_table import Keyed
 from loracc.formats.peft_config import PeftConfig
-from loracc.formats.peft_keys import plain_path
+from loracc.formats.peft_keys import BASE_LAYER, plain_path
 from loracc.kinds.subspace import KaSA
 
 __all__ = ["KINDS", "Context", "Kind", "Roles"]
@@ -132,7 +132,10 @@ def _linear(path: str, roles: Roles, context: Context) -> list[Entry]:
         raise InputError(
             f"{context.path}: {plain_path(path)} has no lora_diag, and adapter_config.json sets kasa_config."
         )
-    inner = LowRank(a, b, context.scale(pattern_path, a.shape[0]))
+    scale = context.scale(pattern_path, a.shape[0])
+    if any(path == f"{mha}.{BASE_LAYER}.out_proj" for mha in context.attention):
+        scale *= 2  # PEFT's forward merges it twice, in training too (docs/upstream.md)
+    inner = LowRank(a, b, scale)
     delta = _with_magnitude(path, roles, context, inner, axis=0)
     is_attention = path in context.attention
     parameter = "in_proj_weight" if is_attention else "weight"

@@ -122,6 +122,6 @@ def token_entry(path: str, tensor: Keyed, context: Context) -> Entry:
 
 
 def _tokens_of(module: str, tokens: Mapping[str, Iterable[int]]) -> tuple[int, ...] | None:
-    named = [name for name in tokens if name and (module == name or module.endswith(f".{name}"))]
+    named = [name for name in tokens if name and module.endswith(name)]  # PEFT's own test
     name = max(named, key=len) if named else ""
     return tuple(tokens[name]) if name in tokens else None
