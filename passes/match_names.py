@@ -130,13 +130,20 @@ def _ranked(names: Sequence[str], known: set[str]) -> list[tuple[Rewriting, int]
         rewriting for name in names for rewriting in {_rewriting(name, site) for site in by_tail.get(_tail(name), ())}
     )
     counted = []
-    # Each name proposes the shortest rewritings that bind it, so one that binds n names is proposed at most n times.
-    for rewriting in proposed:
+    # A name proposes the shortest rewritings that bind it: one that binds many is proposed by many. The rest is not
+    # tried: for a model of a hundred layers it would be a hundred for each name.
+    for rewriting in _most_proposed(proposed):
         targets = [new for name in names if (new := rewriting.apply(name)) in known]
         if len(set(targets)) == len(targets):
             counted.append((rewriting, len(targets)))
     most = {wraps: max((n for r, n in counted if r.only_wraps == wraps), default=0) for wraps in (True, False)}
     return [(r, n) for r, n in counted if n == most[r.only_wraps]]
+
+
+def _most_proposed(proposed: Counter[Rewriting], limit: int = 32) -> list[Rewriting]:
+    ordered = [rewriting for rewriting, _ in proposed.most_common()]
+    wrapping, others = [r for r in ordered if r.only_wraps], [r for r in ordered if not r.only_wraps]
+    return [*wrapping[:limit], *others[:limit]]
 
 
 def _best(ranked: Sequence[tuple[Rewriting, int]], names: Sequence[str]) -> Rewriting | None:
