@@ -49,9 +49,9 @@ def compute_dtype(storage: ir.DataType) -> np.dtype[Any]:
     """The precision W + ΔW is computed in before the one rounding.
 
     bfloat16 keeps 8 significant bits: float32 arithmetic misrounds about one element in 10⁵, as long as the delta is a
-    short sum (see :attr:`loracc.folded.FoldedTensor.compute_dtype`). float16 keeps 11: float32 arithmetic alone misrounds
-    about 6·10⁻⁵ of the elements by landing on ties, and a strong delta takes that over 10⁻⁴, so float16 is computed in
-    float64 as float32 is.
+    short sum (see :attr:`loracc.folded.FoldedTensor.compute_dtype`). float16 keeps 11: float32 arithmetic alone
+    misrounds about 6·10⁻⁵ of the elements by landing on ties, and a strong delta takes that over 10⁻⁴, so float16 is
+    computed in float64 as float32 is.
     """
     return np.dtype(np.float32 if storage == ir.DataType.BFLOAT16 else np.float64)
 

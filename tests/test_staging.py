@@ -146,7 +146,7 @@ def test_refused_destinations(tmp_path: Path) -> None:
         (tmp_path / "new.onnx", {"companions": ["model.onnx"]}, "exists already"),
     ):
         with pytest.raises(InputError, match=message):
-            check_destination(destination, **options)  # type: ignore[arg-type]
+            check_destination(destination, **options)
     check_destination(tmp_path / "new.onnx", inputs=[file, base])
 
 
