@@ -12,6 +12,7 @@ from types import FrameType
 import click
 
 from loracc.commands.bench import bench
+from loracc.commands.convert import convert
 from loracc.commands.fold import fold
 from loracc.commands.inspect import inspect
 from loracc.commands.verify import verify
@@ -37,7 +38,7 @@ def main() -> None:
     """A compiler for LoRA-adapted models: fold adapters into the weights, export, and prove what came out."""
 
 
-for _command in (fold, verify, bench, inspect):
+for _command in (fold, verify, bench, inspect, convert):
     main.add_command(_command)
 
 

@@ -24,7 +24,7 @@ LAYERS = (
     ("runners", "verdict", "sample_inputs", "verify.*"),
     ("report.*", "inspection"),
     ("lower", "job"),
-    ("pipeline", "runtime.*"),
+    ("pipeline", "runtime.*", "convert"),
     ("commands.*",),
     ("cli",),
     ("__init__", "__main__"),

@@ -20,13 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
-from safetensors import serialize_file
+from safetensors.numpy import save_file
 
 from loracc.adapter import Entry
 from loracc.deltas import DoRA, LowRank, Replacement
 from loracc.dtypes import Array
 from loracc.errors import InputError, UnsupportedError, combined
+from loracc.formats.factors import alpha_of
 from loracc.formats.peft_keys import BASE_LAYER, PREFIXES
 
 __all__ = ["peft_files", "write_peft"]
@@ -50,7 +50,7 @@ def write_peft(entries: Sequence[Entry], folder: Path, *, fan_in_fan_out: bool =
     tensors, config = peft_files(entries, fan_in_fan_out=fan_in_fan_out, base=base)
     model, settings = folder / "adapter_model.safetensors", folder / "adapter_config.json"
     try:
-        serialize_file({key: _serial(array) for key, array in tensors.items()}, str(model), {"format": "pt"})
+        save_file({key: np.ascontiguousarray(array) for key, array in tensors.items()}, model, {"format": "pt"})
         settings.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     except OSError as error:
         raise InputError(f"{folder}: cannot be written: {error.strerror or error}.") from error
@@ -109,7 +109,7 @@ def _config(
     adapted: Sequence[Entry], saved: Sequence[Entry], *, fan_in_fan_out: bool, base: str | None
 ) -> dict[str, Any]:
     ranks = {entry.module: entry.delta.rank or 1 for entry in adapted}
-    alphas = {entry.module: entry.delta.scale * ranks[entry.module] for entry in adapted}
+    alphas = {entry.module: alpha_of(entry.delta.scale, ranks[entry.module]) for entry in adapted}
     rank, alpha = _commonest(ranks), _commonest(alphas)
     biases = [entry for entry in saved if entry.parameter == "bias"]
     modules = sorted({entry.module for entry in saved if entry.parameter != "bias"})
@@ -149,10 +149,3 @@ def _only(module: str) -> str:
 
 def _number(value: float) -> float | int:
     return int(value) if float(value).is_integer() else float(value)
-
-
-def _serial(array: Array) -> dict[str, Any]:
-    data = np.ascontiguousarray(array)
-    dtype = ir.DataType.from_numpy(data.dtype)
-    names = {ir.DataType.FLOAT: "float32", ir.DataType.DOUBLE: "float64", ir.DataType.FLOAT16: "float16"}
-    return {"dtype": names.get(dtype, "bfloat16"), "shape": list(data.shape), "data": data.tobytes()}
