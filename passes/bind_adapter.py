@@ -81,12 +81,19 @@ def bind(
     total = BindResult()
     for value in model.ir.graph.initializers.values():
         clear_bindings(value)  # of a call that failed halfway
+    errors: list[LoraccError] = []
     for adapter in adapters:
         binder = BindAdapterPass(adapter, model.sites, options, total.bindings)
-        binder(model.ir)
+        try:
+            binder(model.ir)
+        except LoraccError as error:
+            errors.append(error)
+            continue
         total.bindings += binder.result.bindings
         total.unmatched += binder.result.unmatched
         total.notes += [*adapter.notes, *binder.result.notes]
+    if errors:
+        raise combined(errors)
     return total
 
 
@@ -129,7 +136,9 @@ class _Binder:
         self.adapter = with_base_names(
             adapter, (site.module for site in sites), keep=lambda name: apply_maps(name, self.maps) is not None
         )
-        self.table = {name: found for name, found in sites.by_name().items() if name and found[0].module}
+        self.table = {
+            name: found for name, found in sites.by_name().items() if found[0].module or found[0].initializer == name
+        }
         self.sites = tuple(sites)
         self.errors: list[LoraccError] = []
         self.result = BindResult()

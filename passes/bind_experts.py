@@ -3,6 +3,10 @@
 PEFT's file does not say which of a module's parameters a pair of factors belongs to, nor which axis of a stack is the
 input. Of all ways to give each pair another parameter, the one whose shapes fit is taken. Square stacks follow the
 oblong ones of the same module: ``is_transposed`` is the module's property.
+
+Experts without a gate have parameters that are each other's transposes, and shapes cannot tell them apart. PEFT wraps
+them in the order in which the model registers them, the innermost first, and all of transformers 5.23 registers them in
+the order of ``ORDER``; other names are refused.
 """
 
 from __future__ import annotations
@@ -16,7 +20,10 @@ from loracc.errors import BindingError
 from loracc.kinds.packed_experts import PackedExperts
 from loracc.passes.fit_delta import Weight
 
-__all__ = ["assign_experts"]
+__all__ = ["ORDER", "assign_experts"]
+
+#: Names of expert parameters in the order in which every model of transformers registers them.
+ORDER = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")
 
 
 def assign_experts(entries: Sequence[Entry], weights: Mapping[str, Weight]) -> list[Entry]:
@@ -43,6 +50,9 @@ def _assigned(group: Sequence[Entry], weights: Mapping[str, Weight]) -> list[Ent
     options = [[option for option in (entry, *entry.alternatives) if _fits(option, weights)] for entry in group]
     ways = [way for way in itertools.product(*options) if len({entry.name for entry in way}) == len(way)]
     if len(ways) > 1:
+        # The reader gives a module's entries from the innermost wrapper out.
+        ways = [way for way in ways if _registered_so([entry.parameter for entry in way])] or ways
+    if len(ways) > 1:
         shown = "; ".join(", ".join(f"{e.keys[0]} is {e.parameter}" for e in way) for way in ways[:4])
         raise BindingError(
             f"{group[0].module}: the adapter's factors fit its parameters in {len(ways)} ways, and the file does not "
@@ -51,6 +61,11 @@ def _assigned(group: Sequence[Entry], weights: Mapping[str, Weight]) -> list[Ent
         )
     # Where nothing fits, the usual order stays, and the shapes are reported against it.
     return list(ways[0]) if ways else list(group)
+
+
+def _registered_so(parameters: Sequence[str]) -> bool:
+    places = [ORDER.index(name) if name in ORDER else -1 for name in parameters]
+    return -1 not in places and places == sorted(places)
 
 
 def _fits(entry: Entry, weights: Mapping[str, Weight]) -> bool:

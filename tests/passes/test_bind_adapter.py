@@ -197,11 +197,19 @@ def test_square_experts_follow_their_oblong_sibling() -> None:
     np.testing.assert_allclose(bindings["down"].materialize(np.dtype(np.float32)), first, rtol=1e-5, atol=1e-6)
 
 
+#: (usual parameter, the other, (out, in)) from the innermost wrapper out; the other way round the shapes fit too.
+UNGATED = (("down_proj", "up_proj", (8, 5)), ("up_proj", "down_proj", (5, 8)))
+
+
 def test_experts_that_nothing_tells_apart_are_refused() -> None:
     square = checkpoint({"experts.down": zeros(3, 5, 5)})
     with pytest.raises(BindingError, match="are square"):
         bind(square, [adapter_of(experts_entry("down", packed(5, 5), ()))])
     assert bind(square, [adapter_of(experts_entry("down", packed(5, 5, first=True), ()))]).bindings
+    ungated = checkpoint({"experts.up_proj": zeros(3, 5, 8), "experts.down_proj": zeros(3, 8, 5)})
+    pairs = [experts_entry(name, packed(*size), (other,)) for name, other, size in UNGATED]
+    found = {b.key: b.delta.shape for b in bind(ungated, [adapter_of(*pairs)]).bindings}
+    assert found == {"experts.up_proj": (3, 5, 8), "experts.down_proj": (3, 8, 5)}
     twins = checkpoint({"experts.w1": zeros(3, 8, 5), "experts.w3": zeros(3, 8, 5)})
     entries = [experts_entry("w1", packed(8, 5), ("w3",)), experts_entry("w3", packed(8, 5), ("w1",))]
     with pytest.raises(BindingError, match="in 2 ways"):
