@@ -11,7 +11,7 @@ from loracc.passes.constant_values import Constants, element_type, is_onnx, plai
 from loracc.passes.linear_reader import runs_in_training, swaps_last_two
 from loracc.passes.value_dims import Dims
 
-__all__ = ["SUMS", "WEIGHTS", "additive_tree", "is_additive", "plain_weight", "sources", "weighted_nodes"]
+__all__ = ["SUMS", "WEIGHTS", "additive_tree", "is_additive", "is_sum", "plain_weight", "sources", "weighted_nodes"]
 
 #: The nodes at which terms meet.
 SUMS = frozenset({"Add", "Sub", "Sum"})
@@ -29,13 +29,24 @@ def is_additive(node: ir.Node, constants: Constants) -> bool:
     if node.op_type in ("Mul", "Div"):
         known = [constants.is_constant(v) for v in node.inputs]
         return known == [False, True] or (node.op_type == "Mul" and known == [True, False])
-    return node.op_type in SUMS or node.op_type in ("Neg", "Cast", "Identity")
+    return node.op_type in SUMS or node.op_type in ("Neg", "Cast", "Identity") or adds_value(node, constants)
+
+
+def adds_value(node: ir.Node, constants: Constants) -> bool:
+    """Whether the node is a Gemm that adds a runtime value to its product."""
+    third = node.inputs[2] if node.op_type == "Gemm" and len(node.inputs) > 2 else None
+    return third is not None and is_onnx(node) and not constants.is_constant(third)
+
+
+def is_sum(node: ir.Node, constants: Constants) -> bool:
+    """Whether terms meet at the node."""
+    return is_onnx(node) and (node.op_type in SUMS or adds_value(node, constants))
 
 
 def additive_tree(root: ir.Node, constants: Constants) -> set[ir.Node]:
     """The additions under ``root`` whose results go nowhere else."""
     tree = {root}
-    frontier = _operands(root)
+    frontier = _addends(root)
     grown = True
     while grown:
         grown = False
@@ -47,13 +58,14 @@ def additive_tree(root: ir.Node, constants: Constants) -> set[ir.Node]:
                 continue
             if all(use.node in tree for use in value.uses()):
                 tree.add(node)
-                frontier |= _operands(node)
+                frontier |= _addends(node)
                 grown = True
     return tree
 
 
-def _operands(node: ir.Node) -> set[ir.Value]:
-    return {value for value in node.inputs if value is not None}
+def _addends(node: ir.Node) -> set[ir.Value]:
+    inputs = node.inputs[2:] if node.op_type == "Gemm" else node.inputs
+    return {value for value in inputs if value is not None}
 
 
 def weighted_nodes(root: ir.Node, constants: Constants) -> list[tuple[ir.Node, int]]:
@@ -69,6 +81,8 @@ def weighted_nodes(root: ir.Node, constants: Constants) -> list[tuple[ir.Node, i
         index = weight_index(node, constants)
         if index is not None:
             found[node] = index
+            if adds_value(node, constants):
+                stack.extend(p for v in node.inputs[2:] if v is not None and (p := v.producer()) is not None)
         elif node is root or is_additive(node, constants) or node.op_type in _PASSING:
             stack.extend(p for v in reversed(node.inputs) if v is not None and (p := v.producer()) is not None)
     return list(found.items())

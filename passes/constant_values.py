@@ -57,6 +57,8 @@ def element_type(value: ir.Value) -> ir.DataType | None:
     while value.dtype is None and seen < 32:
         seen += 1
         node = value.producer()
+        if node is not None and is_onnx(node) and node.op_type == "Cast":
+            return ir.DataType(node.attributes["to"].as_int())
         if node is None or not is_onnx(node) or node.op_type not in _SAME_TYPE | _FIRST_TYPE:
             return None
         operands = [v for v in node.inputs[: 1 if node.op_type in _FIRST_TYPE else None] if v is not None]

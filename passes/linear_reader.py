@@ -166,6 +166,10 @@ class Reader:
         raise NotLinear(self._both_at_run_time(left, right, "weight"))
 
     def _gemm(self, node: ir.Node) -> Form:
+        return self._plus_third(self.product_of(node), node)
+
+    def product_of(self, node: ir.Node) -> Form:
+        """A Gemm without its third input."""
         left, right = _input(node, 0), _input(node, 1)
         trans_a, trans_b = (bool(node.attributes.get_int(name, 0)) for name in ("transA", "transB"))
         if self.constants.is_constant(right):
@@ -177,8 +181,7 @@ class Reader:
             form = self._left(_flip(form) if trans_b else form, factor, right)
         else:
             raise NotLinear(self._both_at_run_time(left, right, "weight"))
-        form = form.scaled(node.attributes.get_float("alpha", 1.0))
-        return self._plus_third(form, node)
+        return form.scaled(node.attributes.get_float("alpha", 1.0))
 
     def _plus_third(self, form: Form, node: ir.Node) -> Form:
         third = node.inputs[2] if len(node.inputs) > 2 else None
@@ -191,7 +194,7 @@ class Reader:
             if wide and (form.axis is None or len(shape) < -form.axis or wide != [shape[form.axis]]):
                 raise NotLinear(f"Gemm adds a constant of shape {list(shape)}")
             return form.plus(Form(bias=beta * self.constants.evaluate(third).reshape(-1 if wide else ())))
-        return form.plus(self.read(third).scaled(beta))
+        return self._with(form, node, third, partial(self._signed, third, beta))
 
     def _matrix(self, node: ir.Node, index: int, *, transposed: bool) -> Factor:
         value = _input(node, index)

@@ -1,7 +1,7 @@
 """What looks like LoRA and is none: found by shape, told with its reason, and left alone.
 
-The shape: an addend that goes down to fewer channels by one weight and up again by another, with nothing but
-elementwise operators between and after them. Everything linear of that shape beside a weight of the same input has
+The shape: something is added to a term that goes down to fewer channels by one weight and up again by another, with
+nothing but elementwise operators of one input, and products, between and after them. Everything linear of that shape beside a weight of the same input has
 been raised before; what is still there has a reason.
 """
 
@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator
 
 import onnx_ir as ir
 
-from loracc.passes.additive_trees import SUMS, WEIGHTS, additive_tree, plain_weight, sources, weighted_nodes
+from loracc.passes.additive_trees import WEIGHTS, additive_tree, is_sum, plain_weight, sources, weighted_nodes
 from loracc.passes.constant_values import Constants, is_onnx
 from loracc.passes.linear_forms import NotLinear
 from loracc.passes.linear_reader import Reader
@@ -36,7 +36,7 @@ def find_lookalikes(model: ir.Model, constants: Constants, dims: Dims, skip: Col
     inner: set[ir.Node] = set()
     found = []
     for node in reversed(list(model.graph.all_nodes())):
-        if not is_onnx(node) or node.op_type not in SUMS or node in inner or constants.is_constant(node.outputs[0]):
+        if not is_sum(node, constants) or node in inner or constants.is_constant(node.outputs[0]):
             continue
         tree = additive_tree(node, constants)
         inner |= tree
@@ -46,8 +46,9 @@ def find_lookalikes(model: ir.Model, constants: Constants, dims: Dims, skip: Col
 
 
 def _reasons(root: ir.Node, tree: set[ir.Node], constants: Constants, dims: Dims) -> Iterator[str]:
-    leaves = [v for node in tree for v in node.inputs if v is not None and v.producer() not in tree]
-    for leaf in sorted(dict.fromkeys(leaves), key=lambda v: str(v.name)):
+    operands = (v for node in tree for v in node.inputs if v is not None and v.producer() not in tree)
+    leaves = {v for v in operands if not constants.is_constant(v)}
+    for leaf in sorted(leaves if len(leaves) > 1 else (), key=lambda v: str(v.name)):
         ends = _down_and_up(leaf, constants)
         if ends is not None:
             yield _reason(root, leaf, ends[0], tree, constants, dims)
@@ -78,7 +79,9 @@ def _products_below(value: ir.Value, constants: Constants) -> Iterator[ir.Node]:
             if _weight_at(node, constants) >= 0:
                 yield node
         elif node.op_type not in _MIXING:
-            stack.extend(v for v in reversed(node.inputs) if v is not None)
+            operands = [v for v in reversed(node.inputs) if v is not None and not constants.is_constant(v)]
+            if len(operands) == 1 or node.op_type in ("Mul", "Div"):
+                stack.extend(operands)
 
 
 #: Operators that are no elementwise step: what is below them is another matter.

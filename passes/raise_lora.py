@@ -22,7 +22,7 @@ import onnx_ir as ir
 from loracc.deltas import Addition
 from loracc.dtypes import Array
 from loracc.folded import annotate
-from loracc.passes.additive_trees import SUMS, additive_tree
+from loracc.passes.additive_trees import SUMS, additive_tree, is_sum
 from loracc.passes.constant_values import Constants, element_type, is_onnx, plain_tensor
 from loracc.passes.linear_forms import Form, Product
 from loracc.passes.linear_reader import Reader
@@ -88,7 +88,7 @@ class _Work:
     def raise_sums(self) -> None:
         """Rules 1 and 2."""
         shared: list[ir.Node] = []
-        for node in [node for node in self.model.graph.all_nodes() if is_onnx(node) and node.op_type in SUMS]:
+        for node in [node for node in self.model.graph.all_nodes() if is_sum(node, self.constants)]:
             # A sum may hold several weights with deltas, or be gone because a larger change took it along.
             while node.graph is not None and (group := self._group(node)) is not None:
                 try:

@@ -36,14 +36,15 @@ class Plan:
 
     Attributes:
         result: What takes the place of the sum's value.
-        edits: ``(node, input, new value)``.
-        made: Nodes to be inserted before the sum.
+        edits: ``(node, input, new value)``; None for an input that goes.
+        made: ``(operator, inputs, output)`` of nodes to be inserted before the sum; none exists before the plan is
+            carried out, since a node that exists reads its inputs.
         touched: Nodes of the terms and of the additions that held them.
     """
 
     result: ir.Value
-    edits: list[tuple[ir.Node, int, ir.Value]]
-    made: list[ir.Node]
+    edits: list[tuple[ir.Node, int, ir.Value | None]]
+    made: list[tuple[str, list[ir.Value], ir.Value]]
     touched: frozenset[ir.Node]
 
 
@@ -72,8 +73,8 @@ class _Rewriter:
     """One walk over the tree, from the sum down."""
 
     group: Group
-    edits: list[tuple[ir.Node, int, ir.Value]] = field(default_factory=list)
-    made: list[ir.Node] = field(default_factory=list)
+    edits: list[tuple[ir.Node, int, ir.Value | None]] = field(default_factory=list)
+    made: list[tuple[str, list[ir.Value], ir.Value]] = field(default_factory=list)
     touched: set[ir.Node] = field(default_factory=set)
     base_nodes: set[ir.Node] = field(default_factory=set)
     edited: set[ir.Node] = field(default_factory=set)
@@ -126,6 +127,8 @@ class _Rewriter:
         operands = [v for v in node.inputs if v is not None]
         if node.op_type in ("Mul", "Div"):
             return self._scaled(node, value, keep)
+        if node.op_type == "Gemm":
+            return self._gemm(node, value, keep)
         if node.op_type in ("Neg", "Cast", "Identity"):
             left, substance = self.rebuild(operands[0], keep=keep)
             return self._with_operand(node, value, 0, left), substance
@@ -142,6 +145,27 @@ class _Rewriter:
         if left is not None and keep and np.isfinite(self._depth(operand)) and not constants.evaluate(factor).all():
             raise Refused(f"{node.op_type} ({node.name!r}) multiplies the base's product by zero")
         return self._with_operand(node, value, index, left), substance
+
+    def _gemm(self, node: ir.Node, value: ir.Value, keep: bool) -> tuple[ir.Value | None, bool]:
+        """A Gemm whose third input is a runtime value: its product is one addend, that input the other."""
+        third = node.inputs[2]
+        assert third is not None
+        product = self.group.reader.product_of(node)
+        keys = {p.key for p in product.products}
+        mine = keep and self.group.base.key in keys
+        left, substance = self.rebuild(third, keep=keep and not mine)
+        if not keys & (self.group.deltas | {self.group.base.key}):
+            raise Refused(f"Gemm ({node.name!r}) adds to another product")
+        self.touched |= product.nodes
+        if mine and not keys & self.group.deltas:
+            self.bases += 1
+            if left is not third:
+                self.edits.append((node, 2, left))
+                self.edited.add(node)
+            return value, True
+        if mine or keys - self.group.deltas - {self.group.base.key} or node.attributes.get_float("beta", 1.0) != 1.0:
+            raise Refused(f"Gemm ({node.name!r}) scales what it adds to")
+        return left, substance
 
     def _only_base(self, value: ir.Value) -> bool:
         """Whether nothing opaque and no constant lies under a value."""
@@ -186,14 +210,16 @@ class _Rewriter:
                     self.edits.append((node, index, new))
                     self.edited.add(node)
             return value, True
-        return self._made(ir.node("Sum", remaining)), True
+        return self._made("Sum", remaining), True
 
     def _negated(self, value: ir.Value) -> ir.Value:
-        return self._made(ir.node("Neg", [value]))
+        return self._made("Neg", [value])
 
-    def _made(self, node: ir.Node) -> ir.Value:
-        self.made.append(node)
-        return node.outputs[0]
+    def _made(self, op: str, inputs: list[ir.Value]) -> ir.Value:
+        old = self.group.root.outputs[0]
+        output = ir.Value(name=f"{old.name}.raised.{len(self.made)}", type=old.type)
+        self.made.append((op, inputs, output))
+        return output
 
     def _depth(self, value: ir.Value) -> float:
         """Steps down to the base's term, numbers that would have to be absorbed counting most; infinite without it."""
@@ -203,6 +229,9 @@ class _Rewriter:
         constants = self.group.reader.constants
         if constants.is_constant(value):
             depth = np.inf
+        elif node in self.group.tree and node is not None and node.op_type == "Gemm":
+            own = self.group.base.key in {p.key for p in self.group.reader.product_of(node).products}
+            depth = 0.0 if own else 1.0 + (self._depth(node.inputs[2]) if node.inputs[2] is not None else np.inf)
         elif node in self.group.tree and node is not None:
             step = 100.0 if node.op_type in ("Mul", "Div") else 1.0
             depth = step + min((self._depth(v) for v in node.inputs if v is not None), default=np.inf)
@@ -235,8 +264,8 @@ def _check_uses(group: Group, rewriter: _Rewriter, going: Collection[ir.Node]) -
 
 def apply_plan(graph: ir.Graph, group: Group, plan: Plan) -> None:
     """Carry a plan out; the sum's value is replaced everywhere, and what became unused is removed."""
-    for node in plan.made:
-        graph.insert_before(group.root, node)
+    for op, inputs, output in plan.made:
+        graph.insert_before(group.root, ir.Node("", op, inputs, outputs=[output], name=str(output.name)))
     for node, index, value in plan.edits:
         node.replace_input_with(index, value)
     old = group.root.outputs[0]

@@ -60,10 +60,17 @@ class Dims:
             return self._broadcast(node)
         if node.op_type == "Reshape":
             return self._reshaped(value, node)
-        if node.op_type == "MatMul" and self.constants.is_constant(node.inputs[1]):
-            assert node.inputs[1] is not None
-            left, right = self.of(first), self.constants.shape(node.inputs[1])
-            return (*left[:-1], right[1]) if left is not None and len(right) == 2 else None
+        if node.op_type == "MatMul" and node.inputs[1] is not None:
+            left, right = self._matrix(first), self._matrix(node.inputs[1])
+            if left is not None and right is not None and len(left) >= 2 and len(right) >= 2:
+                batch = left[:-2] if len(left) >= len(right) else right[:-2]
+                return (*batch, left[-2], right[-1]) if min(len(left), len(right)) == 2 else None
+            return None
+        if node.op_type == "Transpose":
+            before, perm = self.of(first), node.attributes.get("perm")
+            if before is None:
+                return None
+            return before[::-1] if perm is None else tuple(before[axis] for axis in perm.as_ints())
         if node.op_type in ("Gemm", "Conv"):
             weight = node.inputs[1]
             rank = 2 if node.op_type == "Gemm" else self.rank(weight) if weight is not None else None
@@ -74,6 +81,9 @@ class Dims:
             looked_up = len(table) == 2 and not node.attributes.get_int("axis", 0)
             return (*ids, table[1]) if ids is not None and looked_up else None
         return None
+
+    def _matrix(self, value: ir.Value) -> tuple[Hashable, ...] | None:
+        return self.constants.shape(value) if self.constants.is_constant(value) else self.of(value)
 
     def _broadcast(self, node: ir.Node) -> tuple[Hashable, ...] | None:
         """With a constant of no more axes: its own lengths where they are not one, else the other operand's."""
