@@ -17,6 +17,7 @@ from loracc.formats.gguf_file import read_gguf
 from loracc.formats.onnx_adapter_file import has_adapter_magic, read_parameters
 from loracc.rows import give_back, mapped
 from loracc.sources.safetensors_file import TensorInfo, read_header
+from loracc.sources.sniff_bytes import looks_like_safetensors
 
 __all__ = ["check_tensors", "digest_of", "read_tensors", "some"]
 
@@ -39,7 +40,7 @@ def read_tensors(path: Path, *, allow_pickle: bool = False) -> tuple[dict[str, A
         raise InputError(f"{path}: cannot be read: {error.strerror or error}.") from error
     if not start:
         raise InputError(f"{path}: the file is empty.", hint="Fetch it again.")
-    if start.startswith((b"PK", b"\x80")):
+    if not looks_like_safetensors(start) and start.startswith((b"PK", b"\x80")):
         return _read_torch(path, allow_pickle), {}
     if start.startswith(b"GGUF"):
         return read_gguf(path)

@@ -53,14 +53,15 @@ def _sniff_file(path: Path) -> str:
             raise InputError(f"{path}: the file is empty.", hint="Fetch or export the model again.")
         if path.name in ("adapter_model.bin", "adapter_config.json"):
             raise _adapter(path)
+        # First of all: its first bytes are a length, and so may be anything, another kind's magic too.
+        if looks_like_safetensors(start):
+            return _safetensors(path)
         if start.startswith(b"PK"):
             return sniff_zip(path)
         if start.startswith(_TORCH_LEGACY):
             return "pickle"
         if foreign := foreign_kind(start):
             raise InputError(f"{path}: this is {foreign[0]}.", hint=foreign[1] or _TAKEN)
-        if looks_like_safetensors(start):
-            return _safetensors(path)
         if is_onnx(path, file, size):
             return "onnx"
     if is_index(path):

@@ -9,6 +9,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from loracc.errors import InputError
+from loracc.formats.tensors import read_tensors
 from loracc.sources import FRONT_ENDS, sniff
 from tests.sources.onnx_files import linear_model, save
 
@@ -112,3 +113,13 @@ def test_files_of_an_adapter_folder_are_sent_to_their_place(tmp_path: Path, name
 def test_every_kind_has_a_front_end() -> None:
     kinds = {"onnx", "exported_program", "torchscript", "pickle", "huggingface", "checkpoint"}
     assert {kind for kind, _ in FRONT_ENDS} == kinds
+
+
+@pytest.mark.parametrize("length", [0x0280, 0x0380, 0x4B50, 0x8B1F])
+def test_a_header_length_that_reads_as_another_kinds_magic_is_still_safetensors(tmp_path: Path, length: int) -> None:
+    header = b'{"a.weight":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(length.to_bytes(8, "little") + header.ljust(length) + bytes(4))
+    assert sniff(path) == "checkpoint"
+    tensors, _ = read_tensors(path)
+    assert list(tensors) == ["a.weight"]
