@@ -2,7 +2,7 @@
 
 >>> import loracc
 >>> sorted(loracc.__all__)
-['Adapter', 'LoraccError', 'bench', 'fold', 'load_adapter', 'load_model', 'verify']
+['Adapter', 'LoraccError', 'bench', 'convert_adapter', 'fold', 'load_adapter', 'load_model', 'verify']
 
 The functions are the command line's own: ``loracc.fold("model.pt2", ["adapter/"], "out.onnx")``. Importing this package
 loads neither torch nor onnxruntime nor transformers; what a function needs is loaded when it is called.
@@ -17,6 +17,7 @@ from loracc.deferred import defer_sympy
 
 if TYPE_CHECKING:
     from loracc.adapter import Adapter as Adapter
+    from loracc.convert import convert_adapter as convert_adapter
     from loracc.errors import LoraccError as LoraccError
     from loracc.formats import load_adapter as load_adapter
     from loracc.pipeline import bench as bench
@@ -31,6 +32,7 @@ _HOME = {
     "Adapter": "loracc.adapter",
     "LoraccError": "loracc.errors",
     "bench": "loracc.pipeline",
+    "convert_adapter": "loracc.convert",
     "fold": "loracc.pipeline",
     "load_adapter": "loracc.formats",
     "load_model": "loracc.sources",
@@ -39,7 +41,7 @@ _HOME = {
 
 defer_sympy()
 
-__all__ = ["Adapter", "LoraccError", "bench", "fold", "load_adapter", "load_model", "verify"]
+__all__ = ["Adapter", "LoraccError", "bench", "convert_adapter", "fold", "load_adapter", "load_model", "verify"]
 
 
 def __getattr__(name: str) -> Any:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from loracc.adapter import Adapter
     from loracc.formats.factors import Factors
 
-__all__ = ["WRITERS", "ConvertResult", "convert"]
+__all__ = ["WRITERS", "ConvertResult", "convert_adapter"]
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class ConvertResult:
         return dict(vars(self))
 
 
-def convert(
+def convert_adapter(
     adapter: str | Path,
     output: str | Path,
     *,

@@ -40,12 +40,12 @@ OUT decides the format: a folder is PEFT's, .safetensors is kohya's, .onnx_adapt
 @output_options
 def convert(adapter: str, output: str, as_json: bool, quiet: bool, allow_unmatched: bool, **values: Any) -> None:
     """Write an adapter in another format; what that cannot hold is refused by name."""
-    from loracc.convert import convert as run
+    from loracc.convert import convert_adapter
 
     if allow_unmatched:
         raise click.UsageError("convert carries a whole adapter over: --allow-unmatched does not apply.")
     out = console(as_json=as_json, quiet=quiet)
-    result = run(adapter, output, **values)
+    result = convert_adapter(adapter, output, **values)
     out.print(f"{result.output}: {result.modules} modules, {result.source} -> {result.format}")
     for note in result.notes:
         out.print(f"note: {note}")

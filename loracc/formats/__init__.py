@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from loracc.adapter import Adapter
-from loracc.errors import InputError
+from loracc.errors import InputError, LoraccError
 from loracc.formats.adapter_options import AdapterOptions
 from loracc.formats.adapter_source import CONFIG, WEIGHTS, AdapterSource, open_source
 from loracc.formats.adapter_spec import AdapterSpec, parse_adapter_spec
@@ -106,7 +106,8 @@ def load_adapter(
 def is_adapter(path: str | os.PathLike[str]) -> bool:
     """Whether a path is an adapter rather than a model, told without reading a tensor."""
     from loracc.sources.safetensors_file import read_header
-    from loracc.sources.sniff_adapter import is_adapter_file, is_adapter_folder
+    from loracc.sources.sniff_adapter import are_adapter_names, is_adapter_file, is_adapter_folder
+    from loracc.sources.torch_checkpoint import read_state_dict
 
     target = Path(path)
     if target.is_dir():
@@ -117,6 +118,11 @@ def is_adapter(path: str | os.PathLike[str]) -> bool:
         return True
     if target.is_file() and (has_adapter_magic(target) or has_gguf_magic(target)):
         return True
+    if target.suffix in (".pt", ".pth", ".bin") and target.is_file():
+        try:
+            return are_adapter_names(read_state_dict(target).keys())
+        except LoraccError:
+            return False  # whatever it is, it is no dictionary of tensors: the model's readers say what is wrong
     if target.suffix != ".safetensors" or not target.is_file():
         return False
     return bool(read_header(target).tensors) and is_adapter_file(target)

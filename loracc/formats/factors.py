@@ -113,11 +113,13 @@ def refuse(format_name: str, what: str, factors: Iterable[Factors]) -> None:
 
 
 def alpha_of(s: float, rank: int) -> float:
-    """The alpha that a reader divides by the rank to get ``s`` back, to the last bit where there is one.
+    """The alpha that a reader divides by the rank to get ``s`` back: exactly, or where no float64 does, as near as any.
 
-    >>> alpha_of(2.0, 8), alpha_of(16 / 3, 3), alpha_of(0.1, 3) / 3
-    (16.0, 16.0, 0.1)
+    Every s that came from an alpha and a rank has an exact one.
+
+    >>> alpha_of(2.0, 8), alpha_of(16 / 3, 3), alpha_of(0.7 / 3, 3)
+    (16.0, 16.0, 0.7)
     """
     near = s * rank
     candidates = (float(round(near)), near, math.nextafter(near, math.inf), math.nextafter(near, -math.inf))
-    return next((alpha for alpha in candidates if alpha / rank == s), near)
+    return min(candidates, key=lambda alpha: abs(alpha / rank - s))

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from pathlib import Path
 
 from loracc.sources.safetensors_file import read_header
 
-__all__ = ["is_adapter_file", "is_adapter_folder"]
+__all__ = ["are_adapter_names", "is_adapter_file", "is_adapter_folder"]
 
 #: The part of a key that only an adapter's tensors have (FORMATS.md 1 to 7), and what stands before it.
 _MARK = re.compile(
@@ -31,7 +31,11 @@ def is_adapter_file(path: Path) -> bool:
     Raises:
         InputError: The file is not sound.
     """
-    names = {info.name for info in read_header(path).tensors}
+    return are_adapter_names({info.name for info in read_header(path).tensors})
+
+
+def are_adapter_names(names: Set[str]) -> bool:
+    """Whether tensors of these names are deltas without the weights they are for."""
     modules = {match["module"] for match in map(_MARK.match, names) if match}
     bases = {f"{module}.{leaf}" for module in modules for leaf in ("weight", "base_layer.weight")}
     return bool(modules) and not bases & names

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 import loracc.convert
 from loracc.cli import run
-from loracc.convert import convert
+from loracc.convert import convert_adapter
 from loracc.dtypes import Array
 from loracc.errors import InputError, LoraccError, UnsupportedError
 from loracc.formats import load_adapter
@@ -70,7 +70,7 @@ def test_the_same_delta_whatever_the_format_and_always_the_same_bytes(tmp_path: 
     for attempt in ("1", "2"):
         (tmp_path / attempt).mkdir()
         out = tmp_path / attempt / target
-        convert(start, out, to="mlx" if target == "mlx" else None)
+        convert_adapter(start, out, to="mlx" if target == "mlx" else None)
         files = sorted(out.iterdir()) if out.is_dir() else [out]
         contents.append([path.read_bytes() for path in files])
     assert contents[0] == contents[1]
@@ -107,7 +107,7 @@ def test_peft_loads_what_was_written(tmp_path: Path) -> None:
         if "lora_" in name:
             torch.nn.init.normal_(parameter, std=0.3)
     model.save_pretrained(str(tmp_path / "start"))
-    result = convert(tmp_path / "start", tmp_path / "out")
+    result = convert_adapter(tmp_path / "start", tmp_path / "out")
     assert (result.source, result.format, result.modules) == ("peft", "peft", 3)
     again = PeftModel.from_pretrained(Net(), tmp_path / "out")
     ids = torch.arange(8).reshape(2, 4)
@@ -123,13 +123,13 @@ def test_dora_goes_to_mlx_and_back(tmp_path: Path) -> None:
         f"{stem}.lora_magnitude_vector": np.linspace(1, 2, 10, dtype=np.float32),
     }
     start = peft(tmp_path / "peft", state, use_dora=True)
-    convert(start, tmp_path / "mlx", to="mlx")
-    convert(tmp_path / "mlx", tmp_path / "back")
+    convert_adapter(start, tmp_path / "mlx", to="mlx")
+    convert_adapter(tmp_path / "mlx", tmp_path / "back")
     back = load_file(tmp_path / "back" / "adapter_model.safetensors")
     assert {key: array.tobytes() for key, array in back.items()} == {k: a.tobytes() for k, a in state.items()}
     for target in ("a.safetensors", "a.onnx_adapter"):
         with pytest.raises(UnsupportedError, match=r"DoRA: fc"):
-            convert(start, tmp_path / target)
+            convert_adapter(start, tmp_path / target)
 
 
 def test_names_and_shapes_come_from_the_model_where_the_file_lacks_them(tmp_path: Path) -> None:
@@ -142,15 +142,15 @@ def test_names_and_shapes_come_from_the_model_where_the_file_lacks_them(tmp_path
     }
     save_file(kohya, tmp_path / "k.safetensors")
     with pytest.raises(UnsupportedError, match="--model"):
-        convert(tmp_path / "k.safetensors", tmp_path / "out")
-    convert(tmp_path / "k.safetensors", tmp_path / "out", model=tmp_path / "base.safetensors")
+        convert_adapter(tmp_path / "k.safetensors", tmp_path / "out")
+    convert_adapter(tmp_path / "k.safetensors", tmp_path / "out", model=tmp_path / "base.safetensors")
     assert [entry.module for entry in load_adapter(tmp_path / "out").entries] == ["block.to_q"]
     merged = {"block.fc.lora_A": np.ones((4, 6), np.float32), "block.fc.lora_B": np.ones((12, 2), np.float32)}
     save_file(merged, tmp_path / "l.safetensors")
     told: dict[str, Any] = {"alpha": 4.0, "enable_lora": (True, False, True)}
     with pytest.raises(UnsupportedError, match=r"block\.fc\.weight \(LoralibPair\)"):
-        convert(tmp_path / "l.safetensors", tmp_path / "out2", **told)
-    convert(tmp_path / "l.safetensors", tmp_path / "out2", model=tmp_path / "base.safetensors", **told)
+        convert_adapter(tmp_path / "l.safetensors", tmp_path / "out2", **told)
+    convert_adapter(tmp_path / "l.safetensors", tmp_path / "out2", model=tmp_path / "base.safetensors", **told)
     delta = load_adapter(tmp_path / "out2").entries[0].delta
     assert (delta.shape, delta.rank, delta.scale) == ((18, 6), 4, 2.0)
 
@@ -201,26 +201,26 @@ def test_what_a_format_cannot_hold_is_named(
     arrays = {f"base_model.model.{key}": np.ones(shape, np.float32) for key, shape in state.items()}
     start = peft(tmp_path / "peft", arrays, **config)
     with pytest.raises(LoraccError, match=message):
-        convert(start, tmp_path / target, to=to)
+        convert_adapter(start, tmp_path / target, to=to)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["peft"], "nothing is left behind"
 
 
 def test_wrong_calls(tmp_path: Path) -> None:
     start = peft(tmp_path / "peft", tensors())
     with pytest.raises(InputError, match=r"a \.onnx_adapter is|is a \.onnx_adapter file"):
-        convert(start, tmp_path / "x.safetensors", to="onnx_adapter")
+        convert_adapter(start, tmp_path / "x.safetensors", to="onnx_adapter")
     with pytest.raises(InputError, match="expected one of"):
-        convert(start, tmp_path / "x", to="gguf")
+        convert_adapter(start, tmp_path / "x", to="gguf")
     (tmp_path / "x.safetensors").write_bytes(b"mine")
     with pytest.raises(InputError, match="exists already"):
-        convert(start, tmp_path / "x.safetensors")
+        convert_adapter(start, tmp_path / "x.safetensors")
     assert (tmp_path / "x.safetensors").read_bytes() == b"mine"
     assert run(["convert", str(start), "-o", str(tmp_path / "y"), "--allow-unmatched"]) == 2
 
 
 def test_a_weight_is_multiplied_into_the_scale(tmp_path: Path) -> None:
     start = peft(tmp_path / "peft", tensors())
-    convert(f"{start}@0.5", tmp_path / "out")
+    convert_adapter(f"{start}@0.5", tmp_path / "out")
     assert {entry.delta.scale for entry in load_adapter(tmp_path / "out").entries} == {1.0}
 
 

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from loracc.errors import BindingError, InputError, LoraccError
-from loracc.formats import load_adapter
+from loracc.formats import is_adapter, load_adapter
+from loracc.inspection import inspect
 from tests.formats.folding import folded_state, relative_error, save_base
 
 ALPHA, RANK = 6, 2
@@ -160,3 +161,12 @@ def test_loralibs_own_conv1d_is_refused_with_the_reason(tmp_path: Path) -> None:
     torch.save({f"conv.{k}": v for k, v in loralib.lora_state_dict(layer).items()}, path)
     with pytest.raises(BindingError, match="Conv1d and Conv3d"):
         folded_state(save_base(base, tmp_path), path, alpha=4)
+
+
+def test_inspect_tells_a_state_dict_of_factors_from_a_model(tmp_path: Path) -> None:
+    path = saved(tmp_path, fc__lora_A=torch.ones(2, 18), fc__lora_B=torch.ones(18, 2))
+    assert is_adapter(path)
+    found = inspect(path)
+    assert (found["kind"], found["format"], found["ranks"]) == ("adapter", "loralib", [2])
+    torch.save({"fc.weight": torch.ones(2, 2), "fc.lora_A": torch.ones(1, 2), "fc.lora_B": torch.ones(2, 1)}, path)
+    assert not is_adapter(path)
