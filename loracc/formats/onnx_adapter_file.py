@@ -68,13 +68,15 @@ def write_parameters(path: Path, parameters: Mapping[str, Array], *, versions: t
     file = runtime.AdapterFormat()
     file.set_adapter_version(versions[0])
     file.set_model_version(versions[1])
-    file.set_parameters({name: _value(runtime, parameters[name]) for name in sorted(parameters)})
+    # A parameter's value is the array's own memory, and set_parameters keeps no reference to it (docs/upstream.md).
+    alive = {name: np.ascontiguousarray(parameters[name]) for name in sorted(parameters)}
+    file.set_parameters({name: _value(runtime, array) for name, array in alive.items()})
     file.export_adapter(str(path))
+    del alive
 
 
-def _value(runtime: Any, array: Array) -> Any:
-    dtype = ir.DataType.from_numpy(array.dtype)
-    dense = np.ascontiguousarray(array)
+def _value(runtime: Any, dense: Array) -> Any:
+    dtype = ir.DataType.from_numpy(dense.dtype)
     if dtype == ir.DataType.BFLOAT16:
         return runtime.OrtValue.ortvalue_from_numpy_with_onnx_type(dense.view(np.uint16), int(dtype))
     return runtime.OrtValue.ortvalue_from_numpy(dense)
