@@ -13,6 +13,7 @@ import click
 
 from loracc.commands.bench import bench
 from loracc.commands.convert import convert
+from loracc.commands.extract import extract
 from loracc.commands.fold import fold
 from loracc.commands.inspect import inspect
 from loracc.commands.verify import verify
@@ -38,7 +39,7 @@ def main() -> None:
     """A compiler for LoRA-adapted models: fold adapters into the weights, export, and prove what came out."""
 
 
-for _command in (fold, verify, bench, inspect, convert):
+for _command in (fold, verify, bench, inspect, convert, extract):
     main.add_command(_command)
 
 

@@ -14,10 +14,19 @@ from rich.text import Text
 from loracc.errors import InputError
 
 if TYPE_CHECKING:
+    from loracc.extract import ExtractResult
     from loracc.pipeline import FoldResult
     from loracc.verdict import Verification
 
-__all__ = ["print_bench", "print_fold", "print_inspection", "print_verification", "write_junit", "write_report"]
+__all__ = [
+    "print_bench",
+    "print_extraction",
+    "print_fold",
+    "print_inspection",
+    "print_verification",
+    "write_junit",
+    "write_report",
+]
 
 _STYLE = {"pass": "green", "fail": "bold red", "inconclusive": "yellow", "skipped": "dim"}
 #: Rows of a long site table that are shown; --json has them all.
@@ -84,7 +93,8 @@ def _evidence(name: str, check: dict[str, Any]) -> str:
     if check.get("reason"):
         return str(check["reason"])
     if name == "numbers" and check.get("max_relative_error") is not None:
-        return f"max relative error {_number(check['max_relative_error'])}, tolerance {_number(check['tolerance'])}"
+        measured = f"max relative error {_number(check['max_relative_error'])}, tolerance {_number(check['tolerance'])}"
+        return f"{measured} ({check['measured_on']}); {check['summary']}"
     if name == "latency" and check.get("ratio") is not None:
         low, high = check["interval"]
         return f"ratio {check['ratio']:.4f}, 95 % interval [{low:.4f}, {high:.4f}], margin ±{check['margin']:.3g}"
@@ -103,6 +113,25 @@ def print_bench(rows: list[dict[str, Any]], console: Console) -> None:
             Text(row["verdict"], style=_STYLE.get(row["verdict"], "")),
         )  # fmt: skip
     console.print(table)
+
+
+def print_extraction(result: ExtractResult, console: Console) -> None:
+    """What every delta leaves of the difference, what no delta holds, and where the adapter is."""
+    table = Table(title=f"{len(result.sites)} deltas extracted", title_justify="left", box=None, pad_edge=False)
+    for column in ("weight", "rank", "‖ΔW‖/‖W‖", "residual"):
+        table.add_column(column, justify="left" if column == "weight" else "right", overflow="fold")
+    for site in result.sites[:_SHOWN]:
+        table.add_row(site.name, str(site.rank), _number(site.relative_norm), _number(site.residual))
+    if len(result.sites) > _SHOWN:
+        table.add_row(f"... and {len(result.sites) - _SHOWN} more (--json lists all)")
+    console.print(table)
+    for left in result.left_out[:_SHOWN]:
+        what = "saved whole" if left.saved else "not in the adapter (--full saves it whole)"
+        console.print(Text(f"{left.name} {left.shape} changed by {_number(left.relative_norm)}: {left.reason}; {what}"))
+    if len(result.left_out) > _SHOWN:
+        console.print(Text(f"... and {len(result.left_out) - _SHOWN} more parameters (--json lists all)"))
+    console.print(Text(f"residual of all parameters together: {_number(result.residual)}"))
+    console.print(Text(f"Wrote {result.output} ({_bytes(result.bytes)})"))
 
 
 def print_inspection(found: dict[str, Any], console: Console, *, sites: bool = False) -> None:
@@ -156,7 +185,7 @@ def write_junit(body: dict[str, Any], path: str | Path) -> None:
         "failures": sum(check["verdict"] in ("fail", "inconclusive") for check in checks.values()),
         "skipped": sum(check["verdict"] == "skipped" for check in checks.values()),
     }
-    suite = ElementTree.Element("testsuite", name="loracc", **{key: str(value) for key, value in counts.items()})
+    suite = ElementTree.Element("testsuite", {"name": "loracc", **{key: str(value) for key, value in counts.items()}})
     for name, check in checks.items():
         case = ElementTree.SubElement(suite, "testcase", classname="loracc.verify", name=name)
         if check["verdict"] in ("fail", "inconclusive"):

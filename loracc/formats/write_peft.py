@@ -38,7 +38,8 @@ def write_peft(entries: Sequence[Entry], folder: Path, *, fan_in_fan_out: bool =
     """Write an adapter into a folder that exists; returns the bytes written.
 
     Args:
-        entries: Their deltas; modules are paths of the base model.
+        entries: Their deltas; modules are paths of the base model. ``fan_in_fan_out`` False marks an embedding here,
+            for which PEFT has other keys.
         folder: Where.
         fan_in_fan_out: The adapted layers are transformers' Conv1D.
         base: ``base_model_name_or_path``.
