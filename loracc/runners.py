@@ -139,7 +139,12 @@ class OnnxRunner:
         try:
             for name, value in model.graph.initializers.items():
                 tensor = value.const_value
-                if tensor is None or tensor.nbytes <= _INLINE_BYTES or tensor.dtype.bitwidth < 8:
+                if tensor is None:
+                    continue
+                if tensor.nbytes <= _INLINE_BYTES or tensor.dtype.bitwidth < 8:
+                    if isinstance(tensor, ir.ExternalTensor):  # the runtime would look for its file
+                        kept.append((value, tensor))
+                        value.const_value = ir.Tensor(tensor.numpy().copy(), dtype=tensor.dtype, name=name)
                     continue
                 array = np.ascontiguousarray(tensor.numpy())
                 self._held.append(_ort_value(ort, array))

@@ -175,7 +175,7 @@ class _Walk:
                     self._pair(one, other, f"input {one.name}")
                 else:
                     self._pending.append((one, other, f"output {one.name}"))
-                if (one.type, shape_text(one)) != (other.type, shape_text(other)):
+                if one.type != other.type or (one.shape is None) != (other.shape is None):
                     self._differ(f"{what} {one.name}: {value_text(one)} in the base, {value_text(other)} in the output")
 
     def _walk(self) -> None:
@@ -229,7 +229,7 @@ class _Walk:
         self._values[one], self._back[other] = other, one
         if one.type is not None and other.type is not None and one.type != other.type:
             self._differ(f"{where}: {value_text(other)} in the output, {value_text(one)} in the base")
-        elif one.shape is not None and other.shape is not None and shape_text(one) != shape_text(other):
+        elif one.shape is not None and other.shape is not None and not _same_shape(one.shape, other.shape):
             self._differ(f"{where}: shape {shape_text(other)} in the output, {shape_text(one)} in the base")
 
     def _initializers(self, one: ir.Value, other: ir.Value, where: str) -> None:
@@ -280,6 +280,13 @@ def _tensor_difference(one: ir.Value, other: ir.Value) -> str | None:
 
 def _is_body(kind: ir.AttributeType) -> bool:
     return kind in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
+
+
+def _same_shape(one: ir.Shape, other: ir.Shape) -> bool:
+    """Equal lengths; a symbol equals any symbol, since what it is called is the exporter's choice."""
+    return len(one) == len(other) and all(
+        a == b if isinstance(a, int) or isinstance(b, int) else True for a, b in zip(one, other, strict=True)
+    )
 
 
 def _same_attribute(one: ir.Attr, other: ir.Attr) -> bool:
