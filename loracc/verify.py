@@ -63,7 +63,7 @@ def verify(
     if traced:
         match = compare_graphs(expected, made.ir)
     else:
-        match = compare_checkpoints(expected, made.ir, _untied(base.ir, bindings))
+        match = compare_checkpoints(expected, made.ir, _untied(base, bindings))
     structure = _structure(match, expected, made.ir, options, traced=traced)
     weights = check_weights(expected, made.ir, match.pairs, bindings, progress)
     if options.end_to_end:
@@ -106,14 +106,13 @@ def _converted(model: ir.Model, dtype: ir.DataType | None, *, traced: bool) -> i
     return copy
 
 
-def _untied(base: ir.Model, bindings: Sequence[Binding]) -> dict[str, str]:
-    """Tensors that a checkpoint may have on top of the base's: a tied weight whose one module a delta changes."""
-    names = base.graph.initializers
+def _untied(base: BaseModel, bindings: Sequence[Binding]) -> dict[str, str]:
+    """Tensors that a checkpoint may have on top of the base's: modules tied to a weight that a delta changes."""
+    names = base.ir.graph.initializers
+    changed = {binding.site.initializer for binding in bindings}
+    sites = [*(binding.site for binding in bindings), *(site for site in base.sites if site.initializer in changed)]
     return {
-        name: binding.site.initializer
-        for binding in bindings
-        for name in (binding.site.name, binding.site.consumer)
-        if name and name not in names
+        name: site.initializer for site in sites for name in (site.name, site.consumer) if name and name not in names
     }
 
 

@@ -96,7 +96,9 @@ def compare_checkpoints(base: ir.Model, out: ir.Model, tied: Mapping[str, str]) 
         if origin not in ours:
             match.differences.append(f"tensor {name} is only in the output")
             continue
-        match.pairs.append(Pair(origin, name, (name,)))
+        # Modules that are still tied to the tensor read it here.
+        sharing = (other for other, of in tied.items() if of == name and other not in theirs)
+        match.pairs.append(Pair(origin, name, (name, *sharing)))
         if (difference := _tensor_difference(ours[origin], value)) is not None:
             match.differences.append(f"tensor {name}: {difference}")
     if not match.differences and [name for name in theirs if name in ours] != list(ours):

@@ -15,6 +15,7 @@ import onnx_ir as ir
 
 from loracc.dtypes import Array, is_float, round_to, unit_roundoff
 from loracc.folded import Binding, FoldedTensor
+from loracc.passes.unshare import delta_digest
 from loracc.progress import NoProgress, Progress
 from loracc.sites import Layout
 from loracc.tensors import dims, read_rows, tile_rows
@@ -64,7 +65,7 @@ def check_weights(
         elif not _comparable(before, after):
             sites.append(_unlike(pair, here, before, after))
         else:
-            site, moved = _check_site(pair.out, before, after, here)
+            site, moved = _check_site(pair.out, before, after, _once(here))
             sites.append(site)
             effect = max(effect, moved)
         progress.advance(after.nbytes, pair.out)
@@ -113,12 +114,22 @@ def _tensor(value: ir.Value) -> ir.TensorProtocol:
 
 
 def _of_pair(pair: Pair, bindings: Sequence[Binding]) -> list[Binding]:
-    """The bindings that act on this copy of the base's initializer: all, or those whose reader reads it here."""
-    return [
-        binding
-        for binding in bindings
-        if binding.site.initializer == pair.base and binding.site.consumer in ("", *pair.readers)
-    ]
+    """The bindings that act on this copy of the base's initializer: all, or those whose reader reads it here.
+
+    A checkpoint's tied head that became a tensor of its own is no reader of what the embedding's deltas change.
+    """
+    untied = pair.out != pair.base and pair.readers == (pair.out,)
+    readers = pair.readers if untied else ("", *pair.readers)
+    return [b for b in bindings if b.site.initializer == pair.base and b.site.consumer in readers]
+
+
+def _once(bindings: Sequence[Binding]) -> list[Binding]:
+    """Without the deltas that a tied weight's other readers have equally: they are folded once."""
+    readers: dict[str, list[Binding]] = {}
+    for binding in bindings:
+        readers.setdefault(binding.site.consumer, []).append(binding)
+    groups = {tuple(delta_digest(b.delta) for b in group): group for group in readers.values()}
+    return [binding for group in groups.values() for binding in group]
 
 
 def _source(tensor: ir.TensorProtocol) -> ir.TensorProtocol:

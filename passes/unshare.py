@@ -28,7 +28,7 @@ from loracc.folded import Binding, annotate, bindings_of, clear_bindings
 from loracc.sites import Layout, Site
 from loracc.tensors import PermutedTensor, dims, file_tensor
 
-__all__ = ["Clone", "UnsharePass"]
+__all__ = ["Clone", "UnsharePass", "delta_digest"]
 
 
 #: Nodes between a weight and its reader that only pass it on.
@@ -77,7 +77,7 @@ class UnsharePass(ir.passes.InPlacePass):
         deltas = {reader: _deltas_of(reader, readers, bindings, leading) for reader in readers}
         groups: dict[tuple[str, ...], list[str]] = {}
         for reader in readers:
-            groups.setdefault(tuple(_signature(b.delta) for b in deltas[reader]), []).append(reader)
+            groups.setdefault(tuple(delta_digest(b.delta) for b in deltas[reader]), []).append(reader)
         keeper = _keeper(groups, readers, str(value.name))
         clear_bindings(value)
         annotate(model, deltas[groups[keeper][0]])
@@ -167,7 +167,7 @@ def _leading(readers: Mapping[str, Sequence[Site]]) -> list[str]:
     ]
 
 
-def _signature(delta: Delta) -> str:
+def delta_digest(delta: Delta) -> str:
     """Equal for deltas that change a weight equally."""
     digest = hashlib.sha256(f"{type(delta).__name__} {delta.scale!r} {getattr(delta, 'axis', 0)}".encode())
     for role, array in sorted(delta.arrays().items()):
