@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,6 +59,17 @@ class Job:
     def staging(self, inputs: Sequence[Path], *, force: bool) -> Staging:
         """Where the output is made before it is moved into place."""
         return Staging(self.output, inputs=inputs, force=force, folder=self.target.folder, companions=self.companions)
+
+    @contextmanager
+    def base(self, model: BaseModel) -> Iterator[BaseModel]:
+        """The model as the target's base; inside the block only."""
+        if self.target.name != "exported_program":
+            yield model
+            return
+        from loracc.targets.exported_program import saved_program
+
+        with saved_program(model, self.output.absolute()) as saved:
+            yield saved
 
     def plan(self, model: BaseModel, path: Path) -> WritePlan:
         """What is to be written, at ``path``."""

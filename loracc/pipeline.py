@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
     from loracc.adapter import Adapter
+    from loracc.formats import AdapterSpec
     from loracc.job import Job
     from loracc.model import BaseModel
     from loracc.passes.bind_adapter import BindResult
@@ -74,6 +75,10 @@ def fold(
     *,
     maps: Sequence[str] = (),
     allow_unmatched: bool = False,
+    combine: str | None = None,
+    density: float | None = None,
+    rank: int | None = None,
+    seed: int = 0,
     dtype: str | None = None,
     external: str = "auto",
     verify: bool = True,
@@ -91,6 +96,8 @@ def fold(
         output: ``.onnx``, ``.pt2``, ``.safetensors`` or a folder; decides what is written.
         maps: ``OLD=NEW`` renamings of the adapter's modules.
         allow_unmatched: Report adapter keys that fit nowhere instead of refusing.
+        combine: How several adapters become one (:mod:`loracc.combine`); None is their exact sum.
+        density, rank, seed: Of ``combine``: see :class:`loracc.combine.CombineOptions`.
         dtype: "fp32", "fp16" or "bf16": dtype of the weights written; the model's own when None.
         external: Where an ``.onnx`` keeps its weights: "auto", "inline" or "data".
         verify: Prove the result before it is moved into place.
@@ -105,9 +112,8 @@ def fold(
         LoraccError: The input or the call is wrong (exit code 2 of the command line).
         CheckFailed: What was written is not what was asked for; nothing was moved into place (exit code 1).
     """
-    from loracc.formats import load_adapter, parse_adapter_spec
+    from loracc.formats import parse_adapter_spec
     from loracc.job import Job
-    from loracc.lower import lower, stamp_provenance
     from loracc.report import write_report
 
     job = Job.of(output, dtype, external, progress)
@@ -115,27 +121,10 @@ def fold(
     inputs = [Path(model), *(Path(spec.path) for spec in specs)]
     job.check(inputs, force=force or dry_run)
     load, told = _split(options)
-    loaded = _load(model, load, graph=job.target.needs_graph)
-    read = [load_adapter(spec.path, name=spec.name, **told).scaled(spec.weight) for spec in specs]
-    raised_from = None
-    if read:
-        loaded, bound = _bind(loaded, read, maps, allow_unmatched)
-    else:
-        raised_from = loaded.ir
-        loaded, bound = _raise(loaded)
-    lowered = lower(loaded, job.dtype)
-    if loaded.traced:
-        stamp_provenance(lowered.ir, read, bound.bindings)
-    if dry_run:
-        plan = job.plan(lowered, job.output)
-        files = [path.name for path in (*plan.small, *(file.path for file in plan.weights))]
-        return _result(job, loaded, lowered, bound, None, files, plan.nbytes, dry_run=True)
-    with job.staging(inputs, force=force) as stage:
-        plan = job.plan(lowered, stage.path)
-        stage.expected_bytes = plan.nbytes
-        plan.write(job.progress)
-        verification = _verify_staged(loaded, stage.path, bound, job, raised_from) if verify else None
-    result = _result(job, loaded, lowered, bound, verification, stage.files, plan.nbytes)
+    read = _read(specs, told, combine=combine, density=density, rank=rank, seed=seed)
+    with job.base(_load(model, load, graph=job.target.needs_graph)) as loaded:
+        lowered = _lower(loaded, read, job, maps, allow_unmatched)
+        result = _plan(lowered, job) if dry_run else _write(lowered, job, inputs, force=force, verify=verify)
     for path in reports:
         write_report(result.to_json(), path)
     return result
@@ -148,6 +137,9 @@ def verify(
     *,
     maps: Sequence[str] = (),
     allow_unmatched: bool = False,
+    combine: str | None = None,
+    density: float | None = None,
+    rank: int | None = None,
     latency: bool = False,
     margin: float = 0.02,
     seed: int = 0,
@@ -162,9 +154,10 @@ def verify(
         base: The original model.
         output: What was made of it.
         adapters: As given to :func:`fold`.
+        combine, density, rank: As given to :func:`fold`.
         latency: Also compare latency with the base.
         margin: Latency ratios inside 1 ± margin count as equal.
-        seed: Of the sampled inputs.
+        seed: Of the sampled inputs, and of ``combine`` as given to :func:`fold`.
         reports: ``.json`` files to write the verdicts to.
         junit: File to write the verdicts to as JUnit XML.
         options: As for :func:`fold`.
@@ -172,7 +165,7 @@ def verify(
     Raises:
         LoraccError: The input or the call is wrong. A check that says no raises nothing: see ``verdict``.
     """
-    from loracc.formats import load_adapter, parse_adapter_spec
+    from loracc.formats import parse_adapter_spec
     from loracc.report import write_junit, write_report
     from loracc.targets import target_for
     from loracc.verify import VerifyOptions
@@ -183,7 +176,7 @@ def verify(
     loaded = _load(base, load, graph=graph)
     made = _load(output, {}, graph=graph)
     specs = [parse_adapter_spec(str(adapter)) for adapter in adapters]
-    read = [load_adapter(spec.path, name=spec.name, **told).scaled(spec.weight) for spec in specs]
+    read = _read(specs, told, combine=combine, density=density, rank=rank, seed=seed)
     loaded, bound = _bind(loaded, read, maps, allow_unmatched)
     result = judge(loaded, made, bound.bindings, VerifyOptions(latency=latency, margin=margin, seed=seed))
     for path in reports:
@@ -247,16 +240,40 @@ def _split(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     return {k: v for k, v in options.items() if k in load}, {k: v for k, v in options.items() if k in told}
 
 
+def _read(
+    specs: Sequence[AdapterSpec],
+    told: dict[str, Any],
+    *,
+    combine: str | None,
+    density: float | None,
+    rank: int | None,
+    seed: int,
+) -> list[Adapter]:
+    """The adapters at their weights, or the one that ``combine`` makes of them."""
+    from loracc.formats import load_adapter
+
+    if combine is None:
+        if density is not None or rank is not None:
+            raise InputError("--density and --rank mean nothing without --combine.")
+        return [load_adapter(spec.path, name=spec.name, **told).scaled(spec.weight) for spec in specs]
+    from loracc.combine import CombineOptions, combine_adapters
+
+    options = CombineOptions(combine, density, rank, seed)
+    read = [load_adapter(spec.path, name=spec.name, **told) for spec in specs]
+    return [combine_adapters(read, [spec.weight for spec in specs], options)]
+
+
 def _bind(
     model: BaseModel, adapters: Sequence[Adapter], maps: Sequence[str], allow_unmatched: bool
 ) -> tuple[BaseModel, BindResult]:
     """Bind, by a checkpoint's own names or, where those do not fit, by what transformers makes of them."""
     from loracc.passes.bind_adapter import bind
-    from loracc.sources.hf_names import with_module_names
 
     try:
         return model, bind(model, adapters, maps=maps)
     except BindingError:
+        from loracc.sources.hf_names import with_module_names
+
         model = (None if model.traced else with_module_names(model)) or model
         return model, bind(model, adapters, maps=maps, allow_unmatched=allow_unmatched)
 
@@ -283,15 +300,58 @@ def _raise(model: BaseModel) -> tuple[BaseModel, BindResult]:
     return found, BindResult(list(raised.bindings), notes=left)
 
 
-def _verify_staged(
-    base: BaseModel, path: Path, bound: BindResult, job: Job, raised_from: ir.Model | None
-) -> Verification:
+@dataclass(frozen=True)
+class _Lowered:
+    """A model on its way from bound to written.
+
+    Attributes:
+        base: The original, its sites bound.
+        model: What is to be written.
+        bound: What was folded.
+        raised_from: The graph that the deltas were found in, when no adapter was given.
+    """
+
+    base: BaseModel
+    model: BaseModel
+    bound: BindResult
+    raised_from: ir.Model | None
+
+
+def _lower(
+    model: BaseModel, adapters: Sequence[Adapter], job: Job, maps: Sequence[str], allow_unmatched: bool
+) -> _Lowered:
+    from loracc.lower import lower, stamp_provenance
+
+    base, bound = _bind(model, adapters, maps, allow_unmatched) if adapters else _raise(model)
+    lowered = lower(base, job.dtype)
+    if base.traced:
+        stamp_provenance(lowered.ir, adapters, bound.bindings)
+    return _Lowered(base, lowered, bound, None if adapters else model.ir)
+
+
+def _plan(lowered: _Lowered, job: Job) -> FoldResult:
+    plan = job.plan(lowered.model, job.output)
+    files = [path.name for path in (*plan.small, *(file.path for file in plan.weights))]
+    return replace(_result(lowered, job, None, files, plan.nbytes), dry_run=True)
+
+
+def _write(lowered: _Lowered, job: Job, inputs: Sequence[Path], *, force: bool, verify: bool) -> FoldResult:
+    with job.staging(inputs, force=force) as stage:
+        plan = job.plan(lowered.model, stage.path)
+        stage.expected_bytes = plan.nbytes
+        plan.write(job.progress)
+        verification = _verify_staged(lowered, stage.path, job) if verify else None
+    return _result(lowered, job, verification, stage.files, plan.nbytes)
+
+
+def _verify_staged(lowered: _Lowered, path: Path, job: Job) -> Verification:
     """Judge what was written, where it was written; raise when a check says no."""
     from loracc.verify import VerifyOptions
     from loracc.verify import verify as judge
 
     made = _load(path, {}, graph=job.target.needs_graph)
-    result = judge(base, made, bound.bindings, VerifyOptions(dtype=job.dtype, raised_from=raised_from))
+    options = VerifyOptions(dtype=job.dtype, raised_from=lowered.raised_from)
+    result = judge(lowered.base, made, lowered.bound.bindings, options)
     if result.verdict == "fail":
         raise CheckFailed(
             f"{job.output}: the result did not pass its verification, and was not written.\n{result.summary()}",
@@ -303,15 +363,7 @@ def _verify_staged(
 
 
 def _result(
-    job: Job,
-    loaded: BaseModel,
-    lowered: BaseModel,
-    bound: BindResult,
-    verification: Verification | None,
-    files: list[str],
-    nbytes: int,
-    *,
-    dry_run: bool = False,
+    lowered: _Lowered, job: Job, verification: Verification | None, files: list[str], nbytes: int
 ) -> FoldResult:
     from loracc.facts import site_facts
     from loracc.lower import folded_tensors
@@ -319,10 +371,9 @@ def _result(
     return FoldResult(
         output=str(job.output),
         files=files,
-        sites=[facts.to_json() for facts in site_facts(folded_tensors(lowered.ir))],
-        unmatched=list(bound.unmatched),
+        sites=[facts.to_json() for facts in site_facts(folded_tensors(lowered.model.ir))],
+        unmatched=list(lowered.bound.unmatched),
         verification=verification,
-        notes=[*loaded.notes, *bound.notes],
-        dry_run=dry_run,
+        notes=[*lowered.base.notes, *lowered.bound.notes],
         bytes=nbytes,
     )

@@ -2,7 +2,8 @@
 
 1. From a ``.pt2`` file nothing of torch is used: the archive is copied, each folded weight's record is written in the
    parameter's own orientation, and the checksums are put right. Every other byte is the base's.
-2. From any other PyTorch model the traced program is saved first, beside the output; then as above.
+2. Any other PyTorch model is saved as a ``.pt2`` file first and read again (:func:`saved_program`), so that the output
+   is compared with a base that went the same way.
 
 A fold that changes more than values cannot be written so and is refused: another dtype, a tie that is broken, LoRA
 branches that were lifted out of the graph.
@@ -10,27 +11,27 @@ branches that were lifted out of the graph.
 
 from __future__ import annotations
 
-import shutil
+import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import onnx_ir as ir
 
 from loracc.errors import UnsupportedError
 from loracc.folded import Binding, FoldedTensor
-from loracc.model import BaseModel
+from loracc.model import BaseModel, LoadOptions
 from loracc.progress import Progress
 from loracc.quiet import quiet
 from loracc.sites import Layout, Site
-from loracc.sources.pt2_archive import Payload, Pt2Archive, Record, read_archive
+from loracc.sources.pt2_archive import Payload, Pt2Archive, Record
 from loracc.streaming import OutputFile, Segment
 from loracc.targets.plan import WritePlan
 from loracc.targets.zip_checksums import update_checksums
 from loracc.tensors import PermutedTensor, dims, file_tensor
 
-__all__ = ["plan_exported_program", "write_exported_program"]
+__all__ = ["plan_exported_program", "saved_program", "write_exported_program"]
 
 _HINT = "Write .onnx: there the graph is loracc's own."
 
@@ -52,13 +53,32 @@ def plan_exported_program(model: BaseModel, path: Path) -> WritePlan:
     parameters = list(_parameters(model))
     if isinstance(model.origin, Pt2Archive):
         return _plan(model.origin, parameters, path)
-    program = model.origin
-    if not hasattr(program, "graph_signature"):
-        raise UnsupportedError(
-            f"{model.path}: a .pt2 file holds a PyTorch program, and this model is none ({model.format}).", hint=_HINT
-        )
-    size = sum(tensor.nbytes for tensor in program.state_dict.values())
-    return _ProgramPlan(nbytes=size, program=program, parameters=tuple(parameters), path=path)
+    raise UnsupportedError(
+        f"{model.path}: a .pt2 file holds a PyTorch program, and this model is none ({model.format}).", hint=_HINT
+    )
+
+
+@contextmanager
+def saved_program(model: BaseModel, beside: Path) -> Iterator[BaseModel]:
+    """The model as the ``.pt2`` file that it would be (rule 2); the file is there inside the block only.
+
+    Args:
+        model: A traced PyTorch model; one that is a ``.pt2`` file already, or no program at all, is given back.
+        beside: The output, in whose folder the file is made.
+    """
+    if not hasattr(model.origin, "graph_signature"):
+        yield model
+        return
+    import torch
+
+    from loracc.sources.exported_program import load_exported_program
+
+    with tempfile.TemporaryDirectory(prefix=f".{beside.name}.base.", dir=beside.parent) as folder:
+        path = Path(folder, beside.name)
+        with quiet("torch"):
+            torch.export.save(model.origin, path)
+        saved = load_exported_program(path, LoadOptions())
+        yield replace(saved, path=model.path, notes=model.notes, input_ranges=model.input_ranges)
 
 
 @dataclass(frozen=True)
@@ -87,30 +107,7 @@ class _ArchivePlan(WritePlan):
         update_checksums(self.weights[0].path, self.changed)
 
 
-@dataclass(frozen=True)
-class _ProgramPlan(WritePlan):
-    """Rule 2."""
-
-    program: Any = None
-    parameters: tuple[_Parameter, ...] = ()
-    path: Path = Path()
-
-    def write(self, progress: Progress | None = None, *, workers: int | None = None) -> None:
-        import torch
-
-        # torch names the archive's inner folder after the file.
-        folder = self.path.with_name(f".{self.path.name}.base")
-        folder.mkdir()
-        try:
-            with quiet("torch"):
-                torch.export.save(self.program, folder / self.path.name)
-            archive = read_archive(folder / self.path.name)
-            _plan(archive, self.parameters, self.path).write(progress, workers=workers)
-        finally:
-            shutil.rmtree(folder)
-
-
-def _plan(archive: Pt2Archive, parameters: tuple[_Parameter, ...] | list[_Parameter], path: Path) -> WritePlan:
+def _plan(archive: Pt2Archive, parameters: list[_Parameter], path: Path) -> WritePlan:
     values: dict[str, FoldedTensor] = {}
     for parameter in parameters:
         record = _record_of(archive, parameter)

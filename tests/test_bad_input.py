@@ -138,7 +138,9 @@ def test_an_interrupt_leaves_nothing(number: signal.Signals, here: Path) -> None
     save_file({f"{SITE}.weight": rng.random((200_000, 6)).astype(np.float32)}, "base/model.safetensors")
     shutil.rmtree("adapter")
     write_adapter(Path("adapter"), out=200_000)
-    command = [sys.executable, "-m", "loracc", "fold", "base", "adapter", "-o", "out.safetensors"]
+    # A shell's background job begins with SIGINT ignored.
+    start = "import signal as s; s.signal(s.SIGINT, s.default_int_handler); from loracc.__main__ import main; main()"
+    command = [sys.executable, "-c", start, "fold", "base", "adapter", "-o", "out.safetensors"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     deadline = time.monotonic() + 60
     while process.poll() is None and not any(name.startswith(".out") for name in os.listdir(here)):

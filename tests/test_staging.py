@@ -161,7 +161,8 @@ def test_an_unwritable_folder_is_refused(tmp_path: Path) -> None:
 
 
 _CHILD = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job begins with it ignored
 from pathlib import Path
 from loracc.staging import Staging
 with Staging(Path(sys.argv[1])) as stage:

@@ -19,7 +19,7 @@ from loracc.lower import lower
 from loracc.model import BaseModel, LoadOptions
 from loracc.sources import load_model
 from loracc.sources.module_model import trace_module
-from loracc.targets.exported_program import plan_exported_program, write_exported_program
+from loracc.targets.exported_program import plan_exported_program, saved_program, write_exported_program
 from loracc.targets.zip_checksums import update_checksums
 
 IDS = torch.tensor([[1, 5, 2], [7, 0, 3]])
@@ -134,10 +134,11 @@ def test_a_tie_is_not_broken(tmp_path: Path) -> None:
 
 def test_a_module_in_memory_is_saved_first(tmp_path: Path) -> None:
     model = trace_module(tmp_path / "net.pt", Net().eval(), LoadOptions(inputs=("ids:int64[2,3]",)), format="module")
-    lowered = folded(model)
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
-        write_exported_program(lowered, tmp_path / name / "out.pt2")
+        out = tmp_path / name / "out.pt2"
+        with saved_program(model, out) as saved:
+            write_exported_program(folded(saved), out)
         assert [path.name for path in (tmp_path / name).iterdir()] == ["out.pt2"]
     program = torch.export.load(tmp_path / "one" / "out.pt2")
     torch.testing.assert_close(program.module()(ids=IDS).detach().double(), expected(), rtol=1e-5, atol=1e-5)
