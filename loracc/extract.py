@@ -16,6 +16,7 @@ import numpy as np
 import onnx_ir as ir
 
 from loracc.adapter import Entry
+from loracc.algebra_svd import truncated_svd
 from loracc.deltas import LowRank, Replacement
 from loracc.dtypes import Array, all_finite, is_float
 from loracc.errors import InputError, NumericsError
@@ -24,7 +25,6 @@ from loracc.formats.tensors import some
 from loracc.model import BaseModel, LoadOptions
 from loracc.sites import Site
 from loracc.tensors import dims, read_rows
-from loracc.truncated_svd import truncated_svd
 
 if TYPE_CHECKING:
     from loracc.progress import Progress

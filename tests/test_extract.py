@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import loracc
+from loracc.algebra_svd import truncated_svd
 from loracc.cli import run
 from loracc.extract import extract_adapter
-from loracc.truncated_svd import truncated_svd
 from tests.models import adapted, build
 from tests.models import save_base as save_model
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from loracc.commands.options import adapter_options, console, model_options, output_options
+from loracc.commands.options import adapter_options, combine_options, console, model_options, output_options
 
 __all__ = ["fold"]
 
@@ -17,6 +17,7 @@ Examples:
   loracc fold hf_folder/ adapter/ -o out.onnx           trace a Hugging Face folder, weights streamed
   loracc fold hf_folder/ adapter/ -o merged/            a merged checkpoint, same names, shards and dtypes
   loracc fold base.onnx a=one/ b=two/@0.5 -o out.onnx   two adapters, the second at half strength
+  loracc fold base/ a/@0.7 b/@0.3 --combine ties_svd --density 0.5 -o merged/
   loracc fold base.onnx lora.safetensors --alpha 16 -o out.onnx
   loracc fold model.pt --allow-pickle --input x:float32[2,8] adapter/ -o out.onnx
 
@@ -30,6 +31,8 @@ ADAPTER is a file or a folder, optionally NAME=PATH to name it and PATH@0.7 for 
 @click.argument("adapters", nargs=-1, metavar="[ADAPTER]...")
 @click.option("-o", "--output", required=True, type=click.Path(), help="What to write; its ending decides the target.")
 @adapter_options
+@combine_options
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of --combine dare's random masks.")
 @click.option(
     "--dtype", type=click.Choice(["fp32", "fp16", "bf16"]), help="Write weights in this dtype (default: the base's)."
 )

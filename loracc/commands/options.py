@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import click
 
-__all__ = ["adapter_options", "console", "model_options", "output_options"]
+__all__ = ["adapter_options", "combine_options", "console", "model_options", "output_options"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -120,6 +120,25 @@ def adapter_options(command: F) -> F:
                 is_flag=True,
                 help="The model is the residual base that a PiSSA-family adapter was trained on.",
             ),
+        )
+    ):
+        command = option(command)
+    return command
+
+
+def combine_options(command: F) -> F:
+    """How several adapters become one."""
+    from loracc.combine import METHODS
+
+    for option in reversed(
+        (
+            click.option(
+                "--combine",
+                type=click.Choice(METHODS),
+                help="Make one adapter of several as PEFT's add_weighted_adapter does (default: their exact sum).",
+            ),
+            click.option("--density", type=float, help="Of --combine ties, dare, ...: the part of the elements kept."),
+            click.option("--rank", type=click.IntRange(1), help="Of --combine svd, *_svd: rank of the result."),
         )
     ):
         command = option(command)

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from loracc.commands.options import adapter_options, console, model_options, output_options
+from loracc.commands.options import adapter_options, combine_options, console, model_options, output_options
 
 __all__ = ["verify"]
 
@@ -32,6 +32,7 @@ Exit code 0 when every check passed, 1 when one said no, 2 when the call or a fi
     help="What was folded, as given to fold. Repeatable, in order.",
 )
 @adapter_options
+@combine_options
 @model_options
 @click.option("--latency/--no-latency", default=False, help="Also compare latency with the base (takes a while).")
 @click.option(
@@ -41,7 +42,7 @@ Exit code 0 when every check passed, 1 when one said no, 2 when the call or a fi
     show_default=True,
     help="Latency ratios inside 1 ± this count as equal.",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the sampled inputs.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the sampled inputs, and of --combine.")
 @click.option(
     "--report",
     "reports",
