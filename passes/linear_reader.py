@@ -102,7 +102,7 @@ class Reader:
         return self.read(value).scaled(sign)
 
     def _added_constant(self, value: ir.Value, sign: float, total: Form, node: ir.Node) -> Form:
-        return Form(bias=sign * self._vector(value, total, node))
+        return Form(bias=sign * self.vector(value, total, node))
 
     def _with(self, total: Form, node: ir.Node, value: ir.Value, read: Callable[[], Form]) -> Form:
         try:
@@ -124,13 +124,13 @@ class Reader:
         if not self.constants.is_constant(second):
             raise NotLinear(self._both_at_run_time(first, second, "scale"))
         form = self.read(first)
-        return self._times(form, self._vector(second, form, node))
+        return self._times(form, self.vector(second, form, node))
 
     def _div(self, node: ir.Node) -> Form:
         if not self.constants.is_constant(node.inputs[1]):
             raise NotLinear(self._both_at_run_time(_input(node, 0), _input(node, 1), "scale"))
         form = self.read(_input(node, 0))
-        divisor = self._vector(_input(node, 1), form, node)
+        divisor = self.vector(_input(node, 1), form, node)
         if not divisor.all():
             raise NotLinear("it is divided by zero")
         return self._times(form, 1.0 / divisor)
@@ -139,7 +139,7 @@ class Reader:
     def _times(form: Form, by: Array) -> Form:
         return form.stretched(by) if by.ndim else form.scaled(float(by))
 
-    def _vector(self, value: ir.Value, form: Form, node: ir.Node) -> Array:
+    def vector(self, value: ir.Value, form: Form, node: ir.Node) -> Array:
         """A constant as a number or as a vector over the form's outputs."""
         shape = self.constants.shape(value)
         if len(shape) > 1:

@@ -1,13 +1,13 @@
 """What looks like LoRA and is none: found by shape, told with its reason, and left alone.
 
 The shape: something is added to a term that goes down to fewer channels by one weight and up again by another, with
-nothing but elementwise operators of one input, and products, between and after them. Everything linear of that shape beside a weight of the same input has
-been raised before; what is still there has a reason.
+nothing but elementwise operators of one input, and products, between and after them. Everything linear of that shape
+beside a weight of the same input has been raised before; what is still there has a reason.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 
 import onnx_ir as ir
 
@@ -86,7 +86,7 @@ def _products_below(value: ir.Value, constants: Constants) -> Iterator[ir.Node]:
 
 #: Operators that are no elementwise step: what is below them is another matter.
 _MIXING = frozenset(
-    {"Concat", "Split", "Slice", "Softmax", "AveragePool", "MaxPool", "GlobalAveragePool", "ReduceMean", "ReduceSum"}
+    {"Concat", "Split", "Slice", "AveragePool", "MaxPool", "GlobalAveragePool", "ReduceMean", "ReduceSum"}
     | {"Attention", "MultiHeadAttention", "Einsum", "LSTM", "GRU", "RNN", "Scan", "Loop", "If", "GatherElements"}
 )
 
@@ -148,7 +148,7 @@ def _reason(root: ir.Node, leaf: ir.Value, down: ir.Node, tree: set[ir.Node], co
         return str(reason)
     bases = [(n, i) for n, i in weighted_nodes(root, constants) if n is not down and n not in _below(leaf)]
     if not bases:
-        return _without_base(tree, leaf)
+        return _without_base(tree, leaf, own)
     for node, index in bases:
         value = node.inputs[index]
         plain = plain_weight(value) if value is not None else None
@@ -158,7 +158,12 @@ def _reason(root: ir.Node, leaf: ir.Value, down: ir.Node, tree: set[ir.Node], co
             )
         reads = list(sources(node, index, constants, dims))
         if not set(reads) & set(own):
-            return f"it reads {own[0].name!r}, and the weight {plain[0].name!r} beside it reads {reads[0].name!r}"
+            where = f"it reads {own[0].name!r}, and the weight {plain[0].name!r} beside it reads {reads[0].name!r}"
+            try:
+                Reader(constants, dims, reads[0]).read(leaf)
+            except NotLinear as reason:
+                return f"{where}: {reason}"
+            return where
     return _mismatch(root, leaf, bases, tree, constants, dims)
 
 
@@ -186,12 +191,12 @@ def _mismatch(
     return "it is not narrower inside than the weight beside it"
 
 
-def _without_base(tree: set[ir.Node], leaf: ir.Value) -> str:
+def _without_base(tree: set[ir.Node], leaf: ir.Value, own: Sequence[ir.Value]) -> str:
     for node in tree:
         for value in node.inputs:
             producer = value.producer() if value is not None and value is not leaf else None
             for operand in producer.inputs if producer is not None and producer.op_type in WEIGHTS else ():
-                if operand is not None and operand.is_graph_input() and producer is not None:
+                if operand is not None and operand.is_graph_input() and operand not in own and producer is not None:
                     return f"the base weight may be {operand.name!r}, which is a graph input"
     return "no weight of the same input is beside it"
 

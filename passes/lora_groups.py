@@ -12,12 +12,10 @@ Rules, for the terms ``Σ sᵢ·x·M₁…Mₙ`` of one source at one sum:
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-import numpy as np
 import onnx_ir as ir
 
-from loracc.dtypes import Array
 from loracc.passes.additive_trees import additive_tree, plain_weight, sources, weighted_nodes
 from loracc.passes.constant_values import Constants
 from loracc.passes.linear_forms import Factor, Form, NotLinear, Product
@@ -25,7 +23,7 @@ from loracc.passes.linear_reader import Reader
 from loracc.passes.low_rank import has_full_rank, has_low_rank_product
 from loracc.passes.value_dims import Dims
 
-__all__ = ["Base", "Group", "find_group", "total_coefficient"]
+__all__ = ["Base", "Group", "find_group"]
 
 Key = tuple[ir.Node, ...]
 
@@ -82,15 +80,6 @@ class Group:
     form: Form
     base: Base
     deltas: frozenset[Key]
-
-    def products(self, keys: frozenset[Key]) -> list[Product]:
-        """The terms with these keys."""
-        return [product for product in self.form.products if product.key in keys]
-
-    def held(self) -> Group:
-        """The same with the deltas' matrices read now: rewriting removes them from the graph."""
-        products = tuple(p.held() if p.key in self.deltas else p for p in self.form.products)
-        return replace(self, form=replace(self.form, products=products))
 
 
 def find_group(root: ir.Node, constants: Constants, dims: Dims) -> Group | None:
@@ -162,9 +151,3 @@ def _is_delta(product: Product, constants: Constants) -> bool:
         return product.inner < max(first, last)
     factor = product.factors[0]
     return has_low_rank_product(factor.value, constants) or not has_full_rank(factor.read())
-
-
-def total_coefficient(group: Group) -> Array:
-    """What the base weight is multiplied with in the sum: a number, or a vector over the outputs."""
-    parts = [product.coefficient for product in group.products(frozenset({group.base.key}))]
-    return np.asarray(sum(parts[1:], parts[0]))

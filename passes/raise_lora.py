@@ -22,18 +22,18 @@ import onnx_ir as ir
 from loracc.deltas import Addition
 from loracc.dtypes import Array
 from loracc.folded import annotate
-from loracc.passes.additive_trees import SUMS, additive_tree, is_sum
+from loracc.passes.additive_trees import SUMS, is_sum
 from loracc.passes.constant_values import Constants, element_type, is_onnx, plain_tensor
-from loracc.passes.linear_forms import Form, Product
-from loracc.passes.linear_reader import Reader
+from loracc.passes.linear_forms import Product
 from loracc.passes.lookalikes import find_lookalikes, place
-from loracc.passes.lora_groups import Base, Group, find_group
+from loracc.passes.lora_groups import Group, find_group
 from loracc.passes.peft_names import adapter_name, clean_names
+from loracc.passes.plan_rewrite import Plan, Refused, plan_rewrite
 from loracc.passes.raise_weights import raise_weight
 from loracc.passes.raised import Raised, Rejected
 from loracc.passes.raised_deltas import narrowed, weight_deltas
 from loracc.passes.raised_sites import Found, bind_found
-from loracc.passes.rewrite_sums import Plan, Refused, apply_plan, plan_rewrite, replace_value
+from loracc.passes.rewrite_sums import apply_plan, replace_value
 from loracc.passes.value_dims import Dims
 from loracc.tensors import dims as tensor_dims
 
@@ -120,36 +120,23 @@ class _Work:
 
     def _apply(self, group: Group, plan: Plan) -> None:
         """Rewrite one sum and write its deltas down."""
-        group = group.held()
-        graph = group.root.graph
+        plan = plan.held()
+        graph, base = group.root.graph, group.base
         assert isinstance(graph, ir.Graph)
-        names = [str(f.value.name) for p in group.products(group.deltas) for f in p.factors]
-        bias = self._bias(group.form, group.base)
+        deltas = weight_deltas(plan.lost.products, plan.kept, base)
+        everything = adapter_name(name for product in plan.lost.products for name in _names_of(product))
         apply_plan(graph, group, plan)
         result = _without_cast(graph, plan.result)
-        after = self._form_after(result, group)
-        [product] = [p for p in after.products if p.key == group.base.key]
-        for delta, term in weight_deltas(group, product.coefficient):
-            adapter = adapter_name(_names_of(term) if term is not None else names)
-            self.found.append(
-                Found(group.base.initializer, group.base.layout, group.base.kind, delta, adapter, group.base.node)
-            )
-        self._raise_bias(graph, result, bias - self._bias(after, group.base), group, adapter_name(names))
+        for delta, term in deltas:
+            adapter = adapter_name(_names_of(term)) if term is not None else everything
+            self.found.append(Found(base.initializer, base.layout, base.kind, delta, adapter, base.node))
+        if plan.lost.bias is not None:
+            self._raise_bias(graph, result, group, plan.lost.bias, everything)
 
-    def _form_after(self, value: ir.Value, group: Group) -> Form:
-        node = value.producer()
-        tree = additive_tree(node, self.constants) if node is not None else set()
-        return Reader(self.constants, self.dims, group.reader.source, tree).read(value)
-
-    @staticmethod
-    def _bias(form: Form, base: Base) -> Array:
-        bias = form.bias if form.bias is not None else np.zeros(())
-        return np.broadcast_to(bias, (base.factor.shape[1],)).astype(np.float64)
-
-    def _raise_bias(self, graph: ir.Graph, result: ir.Value, change: Array, group: Group, adapter: str) -> None:
+    def _raise_bias(self, graph: ir.Graph, result: ir.Value, group: Group, lost: Array, adapter: str) -> None:
         """A constant that the deltas carried along goes into the layer's bias; without one the sum gets one."""
-        largest = max(float(np.abs(self._bias(group.form, group.base)).max()), float(np.abs(change).max()))
-        if not change.size or np.all(np.abs(change) <= _NEGLIGIBLE * largest):
+        change = np.broadcast_to(lost, (group.base.factor.shape[1],))
+        if np.all(np.abs(change) <= _NEGLIGIBLE * _largest_bias(group)):
             return
         stored = _bias_of(group.base.node, result, self.constants)
         stored = stored or _new_bias(self.model.graph, graph, result, group)
@@ -170,6 +157,13 @@ class _Work:
         """Rule 5."""
         left = [Rejected(place(n), reason) for n, reason in self.refused.items() if n.graph is not None]
         return left + find_lookalikes(self.model, self.constants, self.dims, skip=self.refused)
+
+
+def _largest_bias(group: Group) -> float:
+    """How large the constants in a sum are, before they cancel: what the rounding of their sum is measured by."""
+    scale = max((float(np.abs(p.coefficient).max()) for p in group.form.products), default=1.0)
+    bias = group.form.bias
+    return 0.0 if bias is None else float(np.abs(bias).max()) * max(scale, 1.0)
 
 
 def _nodes(group: Group) -> frozenset[ir.Node]:

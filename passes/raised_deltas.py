@@ -1,6 +1,7 @@
 """From the terms of a linear map to deltas on its base weight.
 
-The sum was ``g·x·W + Σ sᵢ·uᵢ·x·Mᵢ`` and what stays of it is ``c·x·W'``. So ``W' = (g·W + Σ sᵢ·uᵢ·Mᵢ) / c``:
+The sum was ``g·x·W + Σ sᵢ·uᵢ·x·Mᵢ`` and what stays of it is ``c·x·W'``, g − c and the terms having been lost.
+So ``W' = (g·W + Σ sᵢ·uᵢ·Mᵢ) / c``:
 
 1. g = c: plain sums, one delta per term; a chain of factors is low-rank.
 2. g/c is a vector: DoRA, ``W' = (m/‖V‖)·V`` with ``V = W + Σ (c·sᵢ·uᵢ/g)·Mᵢ`` and ``m = (g/c)·‖V‖`` (Liu et al.
@@ -9,16 +10,18 @@ The sum was ``g·x·W + Σ sᵢ·uᵢ·x·Mᵢ`` and what stays of it is ``c·x�
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
+import onnx_ir as ir
 
 from loracc.adapter import Delta
 from loracc.algebra import dora_norm_terms
 from loracc.deltas import DoRA, LowRank
 from loracc.dtypes import Array
 from loracc.passes.linear_forms import Product
-from loracc.passes.lora_groups import Base, Group, total_coefficient
+from loracc.passes.lora_groups import Base
 from loracc.passes.raised import RaisedAddition
 from loracc.tensors import dims
 
@@ -30,20 +33,36 @@ _ROUNDING = 1e-12
 _SAME = 1e-9
 
 
-def weight_deltas(group: Group, kept: Array) -> list[tuple[Delta, Product | None]]:
-    """The deltas on the group's base weight, each with the term that it is (None: all of them).
+def weight_deltas(lost: Sequence[Product], kept: Array, base: Base) -> list[tuple[Delta, Product | None]]:
+    """The deltas on a base weight, each with the term that it is (None: all of them).
 
     Args:
-        group: The terms.
+        lost: The terms that were taken out of the sum, the base's own among them where its coefficient changed.
         kept: The coefficient c with which the base's product stays in the graph, without zeros: a number or a vector.
+        base: The weight.
     """
-    ratio = total_coefficient(group) / kept
-    products = [
-        p.stretched(1.0 / kept) if kept.ndim else p.scaled(1.0 / float(kept)) for p in group.products(group.deltas)
-    ]
+    ratio = np.asarray(sum((p.coefficient for p in lost if p.key == base.key), kept)) / kept
+    products = [p for p in _merged(lost) if p.key != base.key]
+    products = [p.stretched(1.0 / kept) if kept.ndim else p.scaled(1.0 / float(kept)) for p in products]
     if np.all(np.abs(ratio - 1.0) <= _ROUNDING):
-        return [(_additive(product, group.base), product) for product in products]
-    return [(_rescaled(products, ratio, group.base), None)]
+        return [(_additive(product, base), product) for product in products]
+    return [(_rescaled(products, ratio, base), None)]
+
+
+def _merged(products: Sequence[Product]) -> list[Product]:
+    """Terms with the same matrices as one: what came in twice, or in and out again."""
+    groups: dict[tuple[ir.Node, ...], list[Product]] = {}
+    for product in products:
+        groups.setdefault(product.key, []).append(product)
+    merged = []
+    for group in groups.values():
+        if len(group) == 1:
+            merged += group
+        else:
+            total = np.asarray(sum((p.coefficient for p in group[1:]), group[0].coefficient))
+            plain = replace(group[0], scale=1.0, out=None)
+            merged.append(plain.stretched(total) if total.ndim else plain.scaled(float(total)))
+    return merged
 
 
 def _additive(product: Product, base: Base) -> Delta:

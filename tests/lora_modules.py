@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
 
-__all__ = ["CASES", "EXPORTERS", "Case", "export", "with_bias"]
+__all__ = ["CASES", "EXPORTERS", "Case", "export", "plain_export", "with_bias"]
 
 EXPORTERS = ("dynamo", "optimized", "legacy")
 
@@ -58,6 +59,22 @@ def export(module: Any, inputs: tuple[Any, ...], exporter: str) -> Any:
         result = torch.onnx.export(program, dynamo=True, verbose=False)
         assert result is not None
         return result.model
+
+
+def plain_export(name: str, exporter: str) -> Any:
+    """A case's module without LoRA, exported once for all cases that have the same."""
+    import onnx
+    import onnx_ir as ir
+
+    case = CASES[name]
+    return ir.serde.deserialize_model(onnx.load_from_string(_plain_bytes(case.plain, case.inputs, exporter)))
+
+
+@cache
+def _plain_bytes(plain: Callable[[], Any], inputs: Callable[[], tuple[Any, ...]], exporter: str) -> bytes:
+    import onnx_ir as ir
+
+    return ir.serde.serialize_model(export(plain(), inputs(), exporter)).SerializeToString()
 
 
 def _seeded() -> None:
@@ -188,28 +205,28 @@ _loralib_merged = _loralib_layer(
     "MergedLinear", positional=(12, 24), plain_class="Linear", lora={"enable_lora": [True, False, True]}
 )
 
+_ROWS, _BATCH, _IMAGE = _floats(4, 12), _floats(2, 4, 12), _floats(2, 3, 8, 8)
+
 CASES: dict[str, Case] = {
-    "peft linear": Case(_peft(_mlp, target_modules=["0", "2"], lora_dropout=0.1), _mlp, _floats(4, 12), 2),
-    "peft linear 3d": Case(_peft(_mlp, target_modules=["0", "2"], use_rslora=True), _mlp, _floats(2, 4, 12), 2),
-    "peft linear bias": Case(_peft(_mlp, target_modules=["0"], lora_bias=True), _mlp, _floats(4, 12), 2),
-    "peft two adapters": Case(_two_adapters, _mlp, _floats(2, 4, 12), 2),
-    "peft conv1d": Case(
-        _peft(_gpt2_mlp, target_modules=["0", "2"], fan_in_fan_out=True), _gpt2_mlp, _floats(2, 4, 12), 2
-    ),
+    "peft linear": Case(_peft(_mlp, target_modules=["0", "2"], lora_dropout=0.1), _mlp, _ROWS, 2),
+    "peft linear 3d": Case(_peft(_mlp, target_modules=["0", "2"], use_rslora=True), _mlp, _BATCH, 2),
+    "peft linear bias": Case(_peft(_mlp, target_modules=["0"], lora_bias=True), _mlp, _ROWS, 1),
+    "peft two adapters": Case(_two_adapters, _mlp, _BATCH, 2),
+    "peft conv1d": Case(_peft(_gpt2_mlp, target_modules=["0", "2"], fan_in_fan_out=True), _gpt2_mlp, _BATCH, 2),
     "peft embedding": Case(_peft(_embedding, target_modules=["0"]), _embedding, _ids, 1),
-    "peft conv2d": Case(_peft(_conv, target_modules=["0", "2"]), _conv, _floats(2, 3, 8, 8), 2),
-    "peft dora": Case(_peft(_mlp, target_modules=["0", "2"], use_dora=True), _mlp, _floats(2, 4, 12), 2),
-    "peft dora 2d": Case(_peft(_mlp, target_modules=["0", "2"], use_dora=True), _mlp, _floats(4, 12), 2),
+    "peft conv2d": Case(_peft(_conv, target_modules=["0", "2"]), _conv, _IMAGE, 2),
+    "peft dora": Case(_peft(_mlp, target_modules=["0", "2"], use_dora=True), _mlp, _BATCH, 2),
+    "peft dora 2d": Case(_peft(_mlp, target_modules=["0", "2"], use_dora=True), _mlp, _ROWS, 2),
     "peft dora conv1d": Case(
         _peft(_gpt2_mlp, target_modules=["0", "2"], fan_in_fan_out=True, use_dora=True),
         _gpt2_mlp,
-        _floats(2, 4, 12),
+        _BATCH,
         2,
     ),
     "peft dora embedding": Case(_peft(_embedding, target_modules=["0"], use_dora=True), _embedding, _ids, 1),
-    "peft dora conv2d": Case(_peft(_conv, target_modules=["0", "2"], use_dora=True), _conv, _floats(2, 3, 8, 8), 2),
-    "loralib linear": Case(_loralib_linear(True), _loralib_linear(False), _floats(2, 4, 12), 1),
+    "peft dora conv2d": Case(_peft(_conv, target_modules=["0", "2"], use_dora=True), _conv, _IMAGE, 2),
+    "loralib linear": Case(_loralib_linear(True), _loralib_linear(False), _BATCH, 1),
     "loralib embedding": Case(_loralib_embedding(True), _loralib_embedding(False), _ids, 1),
-    "loralib conv2d": Case(_loralib_conv(True), _loralib_conv(False), _floats(2, 3, 8, 8), 1),
-    "loralib merged": Case(_loralib_merged(True), _loralib_merged(False), _floats(2, 4, 12), 1),
+    "loralib conv2d": Case(_loralib_conv(True), _loralib_conv(False), _IMAGE, 1),
+    "loralib merged": Case(_loralib_merged(True), _loralib_merged(False), _BATCH, 1),
 }

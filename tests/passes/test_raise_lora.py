@@ -17,7 +17,7 @@ from loracc.passes.raise_lora import RaiseLoraPass, raise_lora
 from loracc.passes.raised import Raised, RaisedAddition
 from loracc.passes.unshare import UnsharePass
 from tests.graphs import Builder, op_counts, relative_error, run
-from tests.lora_modules import CASES, EXPORTERS, export
+from tests.lora_modules import CASES, EXPORTERS, export, plain_export
 from tests.models import FAMILIES, adapted, build, text_inputs, torch_inputs
 
 pytestmark = pytest.mark.filterwarnings(  # transformers 5.23 warns about an attribute that PEFT 0.21 asks for
@@ -41,7 +41,7 @@ def test_modules(name: str, exporter: str) -> None:
     case = CASES[name]
     inputs = case.inputs()
     model = export(case.adapted(), inputs, exporter)
-    plain = export(case.plain(), inputs, exporter)
+    plain = plain_export(name, exporter)
     feeds = [tensor.numpy() for tensor in inputs]
     want = run(model, feeds)
     report = fold(model)
@@ -92,7 +92,7 @@ def test_two_adapters_keep_their_names_and_scales() -> None:
 @pytest.mark.parametrize("exporter", EXPORTERS)
 @pytest.mark.parametrize("name", ["peft linear", "peft conv1d", "peft embedding", "peft conv2d", "loralib merged"])
 def test_a_graph_without_lora_stays_byte_for_byte(name: str, exporter: str) -> None:
-    model = export(CASES[name].plain(), CASES[name].inputs(), exporter)
+    model = plain_export(name, exporter)
     before = ir.serde.serialize_model(model).SerializeToString(deterministic=True)
     raiser = RaiseLoraPass()
     assert not raiser(model).modified
@@ -108,7 +108,7 @@ def test_whole_models_with_dynamic_axes(name: str) -> None:
 
     def program(model: torch.nn.Module) -> ir.Model:
         model.config.use_cache = False  # type: ignore[union-attr]
-        axes = {axis: torch.export.Dim.AUTO for axis in range(2)}
+        axes = dict.fromkeys(range(2), torch.export.Dim.AUTO)
         feeds = torch_inputs(text_inputs())
         with torch.no_grad():
             return to_ir(torch.export.export(model, (), feeds, dynamic_shapes=dict.fromkeys(feeds, axes), strict=False))
