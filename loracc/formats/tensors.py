@@ -17,7 +17,7 @@ from loracc.formats.gguf_file import read_gguf
 from loracc.formats.onnx_adapter_file import has_adapter_magic, read_parameters
 from loracc.rows import give_back, mapped
 from loracc.sources.safetensors_file import TensorInfo, read_header
-from loracc.sources.sniff_bytes import looks_like_safetensors
+from loracc.sources.sniff_bytes import foreign_kind, looks_like_safetensors
 
 __all__ = ["check_tensors", "digest_of", "read_tensors", "some"]
 
@@ -35,7 +35,7 @@ def read_tensors(path: Path, *, allow_pickle: bool = False) -> tuple[dict[str, A
     """
     try:
         with open(path, "rb") as file:
-            start = file.read(14)
+            start = file.read(512)
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror or error}.") from error
     if not start:
@@ -46,6 +46,8 @@ def read_tensors(path: Path, *, allow_pickle: bool = False) -> tuple[dict[str, A
         return read_gguf(path)
     if has_adapter_magic(path):
         return read_parameters(path), {}
+    if not looks_like_safetensors(start) and (foreign := foreign_kind(start)):
+        raise InputError(f"{path}: this is {foreign[0]}, and no adapter.", hint=foreign[1])
     header = read_header(path)
     data = mapped(path)
     return {info.name: _view(data, info) for info in header.tensors}, header.metadata
