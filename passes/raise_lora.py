@@ -101,7 +101,9 @@ class _Work:
         self._raise_together(shared)
 
     def _group(self, node: ir.Node) -> Group | None:
-        return find_group(node, self.constants, self.dims) if not self.constants.is_constant(node.outputs[0]) else None
+        value = node.outputs[0]
+        read = bool(value.uses()) or value.is_graph_output()
+        return find_group(node, self.constants, self.dims) if read and not self.constants.is_constant(value) else None
 
     def _raise_together(self, nodes: list[ir.Node]) -> None:
         """Rule 2: the largest set of sums none of whose deltas is read outside of the set."""

@@ -324,3 +324,73 @@ def test_random_sums_with_terms_that_are_not_linear(
     assert counts["MatMul"] + counts["Gemm"] == 1 + 2 * len(bad)
     assert len(report.rejected) >= 1
     assert len([b for b in report.bindings if b.site.kind == "linear"]) == len(good)
+
+
+STEPS = (
+    "weight",
+    "lora",
+    "multiplied",
+    "add",
+    "sub",
+    "sum",
+    "scale",
+    "vector",
+    "column",
+    "bias",
+    "neg",
+    "relu",
+    "gemm",
+)
+
+
+def random_graph(steps: list[tuple[str, int, int]], outputs: list[int], seed: int) -> ir.Model:
+    """Any steps on any earlier values: terms that are shared, come in twice, cancel, or lie under other operators."""
+    b = Builder(seed)
+    x = b.input("x", ["n", 8])
+    b.input("other", ["n", 8])
+    pool = [base(b, x)]
+    for step, first, second in steps:
+        one, two = pool[-1 - first % len(pool)], pool[second % len(pool)]
+        made = {
+            "weight": lambda: b("MatMul", x, b.weight((8, 6))),
+            "lora": lambda: lora(b, x),
+            "multiplied": lambda: b("MatMul", x, b("MatMul", b.weight((8, 2)), b.weight((2, 6)))),
+            "add": lambda one=one, two=two: b("Add", one, two),
+            "sub": lambda one=one, two=two: b("Sub", one, two),
+            "sum": lambda one=one, two=two: b("Sum", one, two, one),
+            "scale": lambda one=one: b("Mul", one, b.number(-0.5)),
+            "vector": lambda one=one: b("Mul", b.weight((6,)), one),
+            "column": lambda one=one: b("Mul", one, b.weight((5, 1))),
+            "bias": lambda one=one: b("Add", one, b.weight((6,))),
+            "neg": lambda one=one: b("Neg", one),
+            "relu": lambda one=one: b("Relu", one),
+            "gemm": lambda one=one: b("Gemm", b("Gemm", x, b.weight((8, 2))), b.weight((2, 6)), one, beta=2.0),
+        }[step]()
+        pool.append(made)
+    chosen = {pool[number % len(pool)]: None for number in outputs} | {pool[-1]: None}
+    return b.model(*chosen)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(STEPS), st.integers(0, 3), st.integers(0, 30)),
+        min_size=2,
+        max_size=14,
+    ),
+    st.lists(st.integers(0, 20), max_size=2),
+    st.integers(0, 99),
+)
+def test_any_graph_computes_what_it_did(steps: list[tuple[str, int, int]], outputs: list[int], seed: int) -> None:
+    model = random_graph(steps, outputs, seed)
+    feeds = {"x": X, "other": X}
+    want = run(model, feeds)
+    nodes = len(model.graph)
+    report = raise_lora(model)
+    UnsharePass(find_sites(model))(model)
+    FoldPass()(model)
+    largest = max(float(np.abs(array).max()) for array in want)
+    for one, two in zip(want, run(model, feeds), strict=True):
+        assert one.shape == two.shape
+        assert np.abs(one - two).max() <= 1e-4 * max(largest, 1.0)
+    assert len(model.graph) < nodes if report.bindings else len(model.graph) == nodes
