@@ -1,8 +1,8 @@
 """loracc: a compiler for LoRA-adapted models.
 
 >>> import loracc
->>> sorted(loracc.__all__)
-['Adapter', 'LoraccError', 'bench', 'convert_adapter', 'fold', 'load_adapter', 'load_model', 'verify']
+>>> [name for name in sorted(loracc.__all__) if name[0].islower()]
+['bench', 'convert_adapter', 'extract_adapter', 'fold', 'load_adapter', 'load_model', 'verify']
 
 The functions are the command line's own: ``loracc.fold("model.pt2", ["adapter/"], "out.onnx")``. Importing this package
 loads neither torch nor onnxruntime nor transformers; what a function needs is loaded when it is called.
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from loracc.adapter import Adapter as Adapter
     from loracc.convert import convert_adapter as convert_adapter
     from loracc.errors import LoraccError as LoraccError
+    from loracc.extract import extract_adapter as extract_adapter
     from loracc.formats import load_adapter as load_adapter
     from loracc.pipeline import bench as bench
     from loracc.pipeline import fold as fold
@@ -33,6 +34,7 @@ _HOME = {
     "LoraccError": "loracc.errors",
     "bench": "loracc.pipeline",
     "convert_adapter": "loracc.convert",
+    "extract_adapter": "loracc.extract",
     "fold": "loracc.pipeline",
     "load_adapter": "loracc.formats",
     "load_model": "loracc.sources",
@@ -41,7 +43,17 @@ _HOME = {
 
 defer_sympy()
 
-__all__ = ["Adapter", "LoraccError", "bench", "convert_adapter", "fold", "load_adapter", "load_model", "verify"]
+__all__ = [
+    "Adapter",
+    "LoraccError",
+    "bench",
+    "convert_adapter",
+    "extract_adapter",
+    "fold",
+    "load_adapter",
+    "load_model",
+    "verify",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import onnx_ir as ir
@@ -64,6 +66,11 @@ def _load(path: Path) -> Any:
             is_zip = file.read(2) == b"PK"
         return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except Exception as error:  # torch's reader has no error class of its own for damaged files
+        if isinstance(error, UnpicklingError) and (found := re.search(r"Unsupported \S+ (GLOBAL )?\S+", str(error))):
+            raise InputError(
+                f"{path}: holds more than tensors, and reading that runs code of the file's author ({found[0]}).",
+                hint="If you trust it, load it where it was made and save the tensors as safetensors.",
+            ) from error
         raise InputError(
             f"{path}: torch cannot read it as weights ({_first_line(error)}).",
             hint="It is damaged or holds more than tensors: convert the checkpoint to safetensors where it loads.",

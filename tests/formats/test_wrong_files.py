@@ -147,7 +147,7 @@ CASES: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
         with_bytes(lambda data: (1 << 40).to_bytes(8, "little") + data[8:]), ("adapter_model.safetensors", "header"),
     ),
     "a Git LFS pointer": (with_bytes(lambda _data: LFS), ("adapter_model.safetensors", "LFS")),
-    "a pickle that runs code": (pickled, ("adapter_model.bin",)),
+    "a pickle that runs code": (pickled, ("adapter_model.bin", "more than tensors", "runs code", "open")),
     "a configuration that is no JSON": (with_bytes(lambda _d: b"{r: 8}", "adapter_config.json"), ("not a JSON file",)),
     "no configuration": (without_config, ("--alpha",)),
     "the model in the adapter's place": (a_model, ("fc.weight", "model")),
