@@ -25,7 +25,7 @@ from loracc.passes.lora_groups import Base
 from loracc.passes.raised import RaisedAddition
 from loracc.tensors import dims
 
-__all__ = ["narrowed", "weight_deltas"]
+__all__ = ["narrowed", "stacked", "weight_deltas"]
 
 #: Relative differences of float64 computations that are their rounding.
 _ROUNDING = 1e-12
@@ -90,7 +90,7 @@ def _rescaled(products: list[Product], ratio: Array, base: Base) -> Delta:
     axis = 1 if base.kind == "embedding" else 0
     ratio = np.broadcast_to(ratio, (weight.shape[axis],))
     if np.isfinite(ratio).all() and ratio.all() and all(len(p.factors) > 1 for p in products):
-        inner = _stacked([_low_rank(_divided(p, ratio), base) for p in products])
+        inner = stacked([_low_rank(_divided(p, ratio), base) for p in products])
         squared = dora_norm_terms(inner.apply(weight), axis)
         if squared.all():
             return DoRA(inner, ratio * np.sqrt(squared), axis)
@@ -112,7 +112,7 @@ def _divided(product: Product, ratio: Array) -> Product:
     return replace(product, out=rest)
 
 
-def _stacked(deltas: list[LowRank]) -> LowRank:
+def stacked(deltas: list[LowRank]) -> LowRank:
     """One low-rank delta that is the sum of several: ranks side by side, scales in B."""
     if len(deltas) == 1:
         return deltas[0]
