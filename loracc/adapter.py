@@ -42,7 +42,7 @@ class Delta(abc.ABC):
 
     @property
     def follows_tying(self) -> bool:
-        """Whether the delta acts on the shared tensor itself: on every site of a tied weight, and not on one of them."""
+        """Whether the delta acts on the shared tensor itself: on every site of a tied weight, not on one of them."""
         return False
 
     @property
@@ -124,6 +124,7 @@ class PendingDelta(Delta):
         make: Builds the delta from the canonical shape.
         tensors: What the file holds for it, by role.
         strength: The user's weight, passed on to what ``make`` builds.
+        name: What it will be, for messages and ``inspect``: "lokr".
     """
 
     kind: ClassVar[str] = "pending"
@@ -131,6 +132,7 @@ class PendingDelta(Delta):
     make: Callable[[tuple[int, ...]], Delta]
     tensors: Mapping[str, Array]
     strength: float = 1.0
+    name: str = "pending"
 
     @property
     def shape(self) -> tuple[int | None, ...]:
@@ -161,7 +163,7 @@ class Entry:
         keys: The keys of the file that were consumed for it.
         fan_in_fan_out: The trainer saw the weight stored as [in, out] (GPT-2's Conv1D); settles square matrices of a
             checkpoint that has no graph. None where the file does not say.
-        optional: The model may lack this parameter (IA3 scales a bias where there is one): binding then drops the entry.
+        optional: The model may lack this parameter (IA3 scales a bias if there is one): it is dropped then.
         alternatives: What the same tensors are where the file leaves open which parameter they are for; the shapes of
             the model's parameters decide between this entry and those.
     """

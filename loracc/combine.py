@@ -173,7 +173,7 @@ def _of_deltas(name: str, deltas: Sequence[Delta], weights: Sequence[float], opt
     whole = Combined(tuple(deltas), tuple(weights), recipe, keep)
     if not any(isinstance(delta, PendingDelta) for delta in deltas):
         return whole
-    return PendingDelta(lambda shape: _checked(name, whole.resolve(shape)), whole.arrays())
+    return PendingDelta(lambda shape: _checked(name, whole.resolve(shape)), whole.arrays(), name="combined")
 
 
 def _checked(name: str, whole: Combined) -> Combined:

@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from loracc.adapter import Adapter, PendingDelta
+from loracc.adapter import Adapter, Delta, PendingDelta
 from loracc.model import BaseModel, LoadOptions
 from loracc.tensors import dims
 
@@ -39,14 +39,14 @@ def describe_adapter(adapter: Adapter) -> dict[str, Any]:
         "path": adapter.path,
         "digest": adapter.digest,
         "parameters": sum(array.size for delta in deltas for array in delta.arrays().values()),
-        "kinds": dict(Counter(delta.kind for delta in deltas)),
+        "kinds": dict(Counter(_kind(delta) for delta in deltas)),
         "ranks": sorted({delta.rank for delta in deltas if delta.rank is not None}),
         "scales": sorted({delta.scale for delta in deltas}),
         "notes": list(adapter.notes),
         "entries": [
             {
                 "name": entry.name,
-                "kind": entry.delta.kind,
+                "kind": _kind(entry.delta),
                 "rank": entry.delta.rank,
                 "scale": entry.delta.scale,
                 "shape": None if isinstance(entry.delta, PendingDelta) else list(entry.delta.shape),
@@ -54,6 +54,10 @@ def describe_adapter(adapter: Adapter) -> dict[str, Any]:
             for entry in adapter.entries
         ],
     }
+
+
+def _kind(delta: Delta) -> str:
+    return delta.name if isinstance(delta, PendingDelta) else delta.kind
 
 
 def describe_model(model: BaseModel) -> dict[str, Any]:

@@ -112,4 +112,4 @@ def pending(arrays: Mapping[str, Array], kind: str, module: str, make: Callable[
                 hint="Is the adapter for another model, or for another layer of this one?",
             ) from error
 
-    return PendingDelta(resolve, arrays)
+    return PendingDelta(resolve, arrays, name=kind.lower().replace("-", "").replace(" ", "_"))

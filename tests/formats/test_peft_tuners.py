@@ -148,6 +148,13 @@ def test_a_saved_adapter_folds_into_what_peft_computes(
     assert any("e-" in grid[row, column] or grid[row, column] == "0.0e+00" for column in LAYERS)
 
 
+def test_inspect_names_the_kind_though_its_shape_is_open(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for row, kind in (("LoKr", "lokr"), ("VB-LoRA", "vblora"), ("OFT", "oft")):
+        adapter = saved(tmp_path / row, CASES[row]())
+        assert run(["inspect", str(adapter), "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["kinds"] == {kind: 1}
+
+
 class Two(nn.Module):
     """Two linear layers and a normalisation."""
 
