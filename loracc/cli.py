@@ -12,6 +12,7 @@ from types import FrameType
 import click
 
 from loracc.commands.bench import bench
+from loracc.commands.build_trt import build_trt
 from loracc.commands.convert import convert
 from loracc.commands.extract import extract
 from loracc.commands.fold import fold
@@ -39,7 +40,7 @@ def main() -> None:
     """A compiler for LoRA-adapted models: fold adapters into the weights, export, and prove what came out."""
 
 
-for _command in (fold, verify, bench, inspect, convert, extract):
+for _command in (fold, verify, bench, inspect, convert, extract, build_trt):
     main.add_command(_command)
 
 

@@ -25,8 +25,8 @@ class VerifyOptions:
             errors are maxima over the same outputs and inputs; maxima of equally distributed errors were within a
             factor of 2.5 of each other in the trials of tests/test_verify_trials.py.
         floor: In unit roundoffs of the output's type: an error below this is never a failure.
-        raised_from: The graph with LoRA inside that the base and its deltas were raised from; it is the unfused model then,
-            so that a mistake in the raising shows too.
+        raised_from: The graph with LoRA inside that the base and its deltas were raised from; it is the unfused model
+            then, so that a mistake in the raising shows too.
         end_to_end: Run the models; the weights are checked in any case.
         memory_share: Share of the free memory that the reference may take; above it, end to end is skipped.
         optimized_bytes: Largest model whose graph is also compared after the runtime's optimizer.

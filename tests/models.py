@@ -144,7 +144,7 @@ def randomize(module: Any, *, seed: int, scale: float, names: Callable[[str], bo
     return module
 
 
-def adapted(model: Any, *, seed: int = 1, r: int = 4, lora_alpha: float = 8, scale: float = 0.1, **lora: Any) -> Any:
+def adapted(model: Any, *, seed: int = 1, r: int = 4, lora_alpha: int = 8, scale: float = 0.1, **lora: Any) -> Any:
     """PEFT's model around ``model``, every adapter parameter random and non-zero, in eval mode."""
     import peft
     import torch

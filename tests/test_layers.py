@@ -24,7 +24,7 @@ LAYERS = (
     ("runners", "verdict", "sample_inputs", "verify.*"),
     ("report.*", "inspection"),
     ("lower", "job"),
-    ("pipeline", "runtime.*", "convert", "extract", "combine"),
+    ("pipeline", "engine", "runtime.*", "convert", "extract", "combine"),
     ("commands.*",),
     ("cli",),
     ("__init__", "__main__"),

@@ -1,0 +1,57 @@
+"""``loracc build-trt``."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+
+from loracc.commands.options import adapter_options, console, output_options
+
+__all__ = ["build_trt"]
+
+_EPILOG = """\b
+Examples:
+  loracc build-trt out.onnx -o out.engine --profile input_ids:1x1:1x128:8x512 --profile attention_mask:1x1:1x128:8x512
+  loracc build-trt base.onnx --adapter adapter/ -o out.engine --flavor rtx --profile x:1x8:4x8:16x8
+
+\b
+--flavor rtx (TensorRT for RTX) builds on a machine without a GPU; refittable and stripped engines need one."""
+
+
+@click.command(name="build-trt", epilog=_EPILOG)
+@click.argument("model", type=click.Path())
+@click.option("-o", "--output", required=True, type=click.Path(), help="The engine to write (.engine or .plan).")
+@click.option("--adapter", "adapters", multiple=True, metavar="ADAPTER", help="Fold this first, in memory. Repeatable.")
+@click.option("--flavor", type=click.Choice(["tensorrt", "rtx"]), help="Which TensorRT (default: the installed one).")
+@click.option(
+    "--profile", "profiles", multiple=True, metavar="NAME:MIN:OPT:MAX", help="Shapes of a dynamic input. Repeatable."
+)
+@click.option("--workspace", type=click.IntRange(1), metavar="BYTES", help="Scratch memory that tactics may use.")
+@click.option("--tf32/--no-tf32", default=False, show_default=True, help="Allow TF32 in float32 products.")
+@click.option("--optimization-level", type=click.IntRange(0, 5), help="The builder's effort.")
+@click.option("--timing-cache", type=click.Path(), help="Read if it is there, and written: same tactics next time.")
+@click.option("--strip", is_flag=True, help="Leave the weights out of the engine.")
+@click.option(
+    "--refittable",
+    type=click.Choice(["none", "adapter", "all"]),
+    default="none",
+    show_default=True,
+    help="Which weights can be refitted.",
+)
+@click.option("--version-compatible", is_flag=True, help="The engine runs with later minor versions.")
+@click.option("--force", is_flag=True, help="Replace OUT if it exists.")
+@adapter_options
+@output_options
+def build_trt(model: str, output: str, adapters: tuple[str, ...], as_json: bool, quiet: bool, **values: Any) -> None:
+    """Build a TensorRT engine from an ONNX file, with adapters folded in memory on the way."""
+    from loracc import engine
+
+    if any(values.pop(name, None) for name in ("allow_unmatched", "combine", "density", "rank")):
+        raise click.UsageError("--allow-unmatched and --combine belong to fold: fold into an .onnx file first.")
+    result = engine.build_trt(model, adapters, output, **values)
+    made = f"{result.bytes:,} bytes, {len(result.sites)} sites folded"
+    console(as_json=as_json, quiet=quiet).print(f"Built {result.output} with {result.flavor} {result.version}: {made}")
+    if as_json:
+        click.echo(json.dumps(result.to_json()))
