@@ -68,8 +68,8 @@ class Site:
     Attributes:
         module: Module path, e.g. "encoder.layer.0.attention.self.query"; "" when nothing tells.
         parameter: Parameter of that module: "weight", "bias", "in_proj_weight", ...
-        kind: What the weight is to the graph: "linear", "embedding", "conv", "conv_transpose", "experts", "bias", "norm"
-            or "other".
+        kind: What the weight is to the graph: "linear", "embedding", "conv", "conv_transpose", "experts", "bias",
+            "norm" or "other".
         initializer: Name of the initializer (or of the checkpoint's tensor) that holds it.
         layout: How it lies in there.
         consumer: Name of the node that reads the weight as this site, when the initializer has several readers that are

@@ -343,6 +343,30 @@ STEPS = (
 )
 
 
+def random_step(b: Builder, x: ir.Value, step: str, one: ir.Value, two: ir.Value) -> ir.Value:
+    match step:
+        case "weight":
+            return b("MatMul", x, b.weight((8, 6)))
+        case "lora":
+            return lora(b, x)
+        case "multiplied":
+            return b("MatMul", x, b("MatMul", b.weight((8, 2)), b.weight((2, 6))))
+        case "add" | "sub":
+            return b(step.capitalize(), one, two)
+        case "sum":
+            return b("Sum", one, two, one)
+        case "neg" | "relu":
+            return b(step.capitalize(), one)
+        case "gemm":
+            return b("Gemm", b("Gemm", x, b.weight((8, 2))), b.weight((2, 6)), one, beta=2.0)
+        case "gemm at one":
+            return b("Gemm", b("Gemm", x, b.weight((8, 2))), b.weight((2, 6)), one)
+        case "bias":
+            return b("Add", one, b.weight((6,)))
+    factors = {"scale": b.number(-0.5), "vector": b.weight((6,)), "column": b.weight((5, 1))}
+    return b("Mul", one, factors[step])
+
+
 def random_graph(steps: list[tuple[str, int, int]], outputs: list[int], seed: int) -> ir.Model:
     """Any steps on any earlier values: terms that are shared, come in twice, cancel, or lie under other operators."""
     b = Builder(seed)
@@ -351,21 +375,7 @@ def random_graph(steps: list[tuple[str, int, int]], outputs: list[int], seed: in
     pool = [base(b, x)]
     for step, first, second in steps:
         one, two = pool[-1 - first % len(pool)], pool[second % len(pool)]
-        made = {
-            "weight": lambda: b("MatMul", x, b.weight((8, 6))),
-            "lora": lambda: lora(b, x),
-            "multiplied": lambda: b("MatMul", x, b("MatMul", b.weight((8, 2)), b.weight((2, 6)))),
-            "add": lambda one=one, two=two: b("Add", one, two),
-            "sub": lambda one=one, two=two: b("Sub", one, two),
-            "sum": lambda one=one, two=two: b("Sum", one, two, one),
-            "scale": lambda one=one: b("Mul", one, b.number(-0.5)),
-            "vector": lambda one=one: b("Mul", b.weight((6,)), one),
-            "column": lambda one=one: b("Mul", one, b.weight((5, 1))),
-            "bias": lambda one=one: b("Add", one, b.weight((6,))),
-            "neg": lambda one=one: b("Neg", one),
-            "relu": lambda one=one: b("Relu", one),
-            "gemm": lambda one=one: b("Gemm", b("Gemm", x, b.weight((8, 2))), b.weight((2, 6)), one, beta=2.0),
-        }[step]()
+        made = random_step(b, x, step, one, two)
         pool.append(made)
     chosen = {pool[number % len(pool)]: None for number in outputs} | {pool[-1]: None}
     return b.model(*chosen)
