@@ -83,7 +83,7 @@ class _Work:
     def __post_init__(self) -> None:
         opset = self.model.graph.opset_imports.get("", self.model.graph.opset_imports.get("ai.onnx", 18))
         self.constants = Constants(opset)
-        self.dims = Dims(self.constants)
+        self.dims = Dims(self.constants, self.model)
 
     def raise_sums(self) -> None:
         """Rules 1 and 2."""

@@ -10,8 +10,10 @@ from __future__ import annotations
 from collections.abc import Hashable
 
 import onnx_ir as ir
+from onnx_ir.passes.common import ShapeInferencePass
 
 from loracc.passes.constant_values import Constants, is_onnx
+from loracc.quiet import quiet
 
 __all__ = ["Dims"]
 
@@ -21,10 +23,17 @@ _VECTOR_STEPS = frozenset({"Cast", "Identity", "Squeeze", "Unsqueeze"})
 
 
 class Dims:
-    """Dimensions of a graph's values."""
+    """Dimensions of a graph's values.
 
-    def __init__(self, constants: Constants) -> None:
+    Args:
+        constants: What is constant.
+        model: Where a graph does not say its shapes, ONNX's inference is asked, on a copy.
+    """
+
+    def __init__(self, constants: Constants, model: ir.Model | None = None) -> None:
         self.constants = constants
+        self._model = model
+        self._inferred: dict[str, tuple[Hashable, ...]] | None = None
         self._known: dict[ir.Value, tuple[Hashable, ...] | None] = {}
 
     def of(self, value: ir.Value) -> tuple[Hashable, ...] | None:
@@ -40,7 +49,7 @@ class Dims:
         return None if found is None else len(found)
 
     def _find(self, value: ir.Value) -> tuple[Hashable, ...] | None:
-        written = _annotated(value)
+        written = _annotated(value) or self._infer(value)
         if written is not None and None not in written:
             return written
         computed = self._computed(value)
@@ -48,6 +57,17 @@ class Dims:
             return computed
         both = zip(written, computed or (None,) * len(written), strict=True)
         return tuple(next((d for d in pair if d is not None), ("axis", id(value), i)) for i, pair in enumerate(both))
+
+    def _infer(self, value: ir.Value) -> tuple[Hashable, ...] | None:
+        if self._model is None or value.producer() is None:
+            return None
+        if self._inferred is None:
+            copy = self._model.clone()
+            with quiet("onnx_ir"):
+                ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(copy)
+            shapes = {str(v.name): _annotated(v) for node in copy.graph for v in node.outputs}
+            self._inferred = {name: shape for name, shape in shapes.items() if shape is not None}
+        return self._inferred.get(str(value.name))
 
     def _computed(self, value: ir.Value) -> tuple[Hashable, ...] | None:
         node = value.producer()

@@ -5,14 +5,14 @@ Every builder is seeded, gives modules in eval mode, and leaves no adapter param
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import numpy as np
 
-__all__ = ["CASES", "EXPORTERS", "Case", "export", "plain_export", "with_bias"]
+__all__ = ["CASES", "EXPORTERS", "Case", "export", "legacy_text_model", "plain_export", "with_bias"]
 
 EXPORTERS = ("dynamo", "optimized", "legacy")
 
@@ -59,6 +59,39 @@ def export(module: Any, inputs: tuple[Any, ...], exporter: str) -> Any:
         result = torch.onnx.export(program, dynamo=True, verbose=False)
         assert result is not None
         return result.model
+
+
+def legacy_text_model(model: Any, feeds: Mapping[str, np.ndarray]) -> Any:
+    """A transformers model through the legacy exporter, batch and sequence dynamic."""
+    import io
+    import warnings
+
+    import onnx
+    import onnx_ir as ir
+    import torch
+
+    class Outer(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = model
+
+        def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Any:
+            return self.inner(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)[0]
+
+    buffer: Any = io.BytesIO()
+    inputs = tuple(torch.from_numpy(array) for array in feeds.values())
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the legacy exporter's deprecation and the tracer's warnings
+        torch.onnx.export(
+            Outer(),
+            inputs,
+            buffer,
+            dynamo=False,
+            opset_version=17,
+            input_names=list(feeds),
+            dynamic_axes={name: {0: "batch", 1: "sequence"} for name in feeds},
+        )
+    return ir.serde.deserialize_model(onnx.load_from_string(buffer.getvalue()))
 
 
 def plain_export(name: str, exporter: str) -> Any:

@@ -17,7 +17,7 @@ from loracc.passes.raise_lora import RaiseLoraPass, raise_lora
 from loracc.passes.raised import Raised, RaisedAddition
 from loracc.passes.unshare import UnsharePass
 from tests.graphs import Builder, op_counts, relative_error, run
-from tests.lora_modules import CASES, EXPORTERS, export, plain_export
+from tests.lora_modules import CASES, EXPORTERS, export, legacy_text_model, plain_export
 from tests.models import FAMILIES, adapted, build, text_inputs, torch_inputs
 
 pytestmark = pytest.mark.filterwarnings(  # transformers 5.23 warns about an attribute that PEFT 0.21 asks for
@@ -123,6 +123,23 @@ def test_whole_models_with_dynamic_axes(name: str) -> None:
     assert relative_error(want, run(model, feeds)) < 2e-6
     assert report.rejected == () and len(report.bindings) > 4
     assert all(binding.site.module and isinstance(binding.delta, LowRank) for binding in report.bindings)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_whole_models_from_the_legacy_exporter(name: str) -> None:
+    """Dynamic axes: GPT-2's Reshapes take their shapes from the input; names of weights are lost in part."""
+
+    def program(model: object) -> ir.Model:
+        return legacy_text_model(model, text_inputs())
+
+    model = program(adapted(build(name), **FAMILIES[name].lora))
+    feeds = text_inputs(3, 5)
+    want = run(model, feeds)
+    report = fold(model)
+    assert op_counts(model) == op_counts(program(build(name)))
+    assert relative_error(want, run(model, feeds)) < 2e-6
+    parameters = {f"inner.{key}" for key, _ in build(name).named_parameters()}
+    assert report.rejected == () and {binding.site.name for binding in report.bindings} <= parameters
 
 
 # Hand-written: x[5, 8] -> [5, 6] by W, with A [8, 3] and B [3, 6].
