@@ -99,7 +99,7 @@ def fold(
         combine: How several adapters become one (:mod:`loracc.combine`); None is their exact sum.
         density, rank, seed: Of ``combine``: see :class:`loracc.combine.CombineOptions`.
         dtype: "fp32", "fp16" or "bf16": dtype of the weights written; the model's own when None.
-        external: Where an ``.onnx`` keeps its weights: "auto", "inline" or "data".
+        external: Where an ``.onnx`` keeps its weights: "auto", "inline", "data" or "link".
         verify: Prove the result before it is moved into place.
         reports: ``.json`` files to write the result to.
         dry_run: Plan only.
@@ -114,12 +114,13 @@ def fold(
     """
     from loracc.formats import parse_adapter_spec
     from loracc.job import Job
-    from loracc.report import write_report
+    from loracc.report import check_reports, write_report
 
     job = Job.of(output, dtype, external, progress)
     specs = [parse_adapter_spec(str(adapter)) for adapter in adapters]
     inputs = [Path(model), *(Path(spec.path) for spec in specs)]
     job.check(inputs, force=force or dry_run)
+    check_reports(reports, [*inputs, job.output])
     load, told = _split(options)
     read = _read(specs, told, combine=combine, density=density, rank=rank, seed=seed)
     with job.base(_load(model, load, graph=job.target.needs_graph)) as loaded:
@@ -166,12 +167,15 @@ def verify(
         LoraccError: The input or the call is wrong. A check that says no raises nothing: see ``verdict``.
     """
     from loracc.formats import parse_adapter_spec
-    from loracc.report import write_junit, write_report
+    from loracc.report import check_reports, write_junit, write_report
     from loracc.targets import target_for
     from loracc.verify import VerifyOptions
     from loracc.verify import verify as judge
 
     graph = target_for(output).needs_graph
+    check_reports(reports, [Path(base), Path(output)])
+    if junit is not None:
+        check_reports([junit], [Path(base), Path(output)], ending="")
     load, told = _split(options)
     loaded = _load(base, load, graph=graph)
     made = _load(output, {}, graph=graph)
@@ -226,7 +230,16 @@ def _load(path: Path_, load: dict[str, Any], *, graph: bool) -> BaseModel:
     from loracc.model import LoadOptions
     from loracc.sources import load_model
 
-    return load_model(path, LoadOptions(**{**load, "graph": graph}))
+    loaded = load_model(path, LoadOptions(**{**load, "graph": graph}))
+    if graph and not loaded.traced:
+        state_dict = loaded.format == "state_dict"
+        raise InputError(
+            f"{path}: only weights ({loaded.format}), and the output needs the computation too.",
+            hint="Say what builds its module: --factory package.module:function."
+            if state_dict
+            else "Give the model's folder with its config.json, or write a checkpoint: -o OUT.safetensors.",
+        )
+    return loaded
 
 
 def _split(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -255,12 +268,31 @@ def _read(
     if combine is None:
         if density is not None or rank is not None:
             raise InputError("--density and --rank mean nothing without --combine.")
-        return [load_adapter(spec.path, name=spec.name, **told).scaled(spec.weight) for spec in specs]
+        return _named_apart(
+            [load_adapter(spec.path, name=spec.name, **told).scaled(spec.weight) for spec in specs], specs
+        )
     from loracc.combine import CombineOptions, combine_adapters
 
     options = CombineOptions(combine, density, rank, seed)
     read = [load_adapter(spec.path, name=spec.name, **told) for spec in specs]
     return [combine_adapters(read, [spec.weight for spec in specs], options)]
+
+
+def _named_apart(adapters: list[Adapter], specs: Sequence[AdapterSpec]) -> list[Adapter]:
+    """Two runs' ``checkpoint-500`` are two adapters: names that nobody chose are numbered."""
+    taken: set[str] = set()
+    for index, adapter in enumerate(adapters):
+        if adapter.name in taken and specs[index].name is not None:
+            raise InputError(
+                f"two adapters are named {adapter.name!r}.", hint="Choose another NAME=PATH for one of them."
+            )
+        name, number = adapter.name, 1
+        while name in taken:
+            number += 1
+            name = f"{adapter.name}#{number}"
+        taken.add(name)
+        adapters[index] = replace(adapter, name=name)
+    return adapters
 
 
 def _bind(
@@ -341,7 +373,8 @@ def _write(lowered: _Lowered, job: Job, inputs: Sequence[Path], *, force: bool, 
         stage.expected_bytes = plan.nbytes
         plan.write(job.progress)
         verification = _verify_staged(lowered, stage.path, job) if verify else None
-    return _result(lowered, job, verification, stage.files, plan.nbytes)
+        size = stage.size()
+    return _result(lowered, job, verification, stage.files, size)
 
 
 def _verify_staged(lowered: _Lowered, path: Path, job: Job) -> Verification:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
@@ -33,6 +35,11 @@ _STYLE = {"pass": "green", "fail": "bold red", "inconclusive": "yellow", "skippe
 _SHOWN = 12
 
 
+def counted(number: int, thing: str) -> str:
+    """``1 site``, ``2 sites``."""
+    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
+
+
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.3g}"
 
@@ -52,13 +59,19 @@ def _bytes(count: int) -> str:
 
 def print_fold(result: FoldResult, console: Console) -> None:
     """The sites, the verdict and where the output is."""
-    table = Table(title=f"{len(result.sites)} sites folded", title_justify="left", box=None, pad_edge=False)
-    for column in ("site", "kind", "rank", "scale", "‖ΔW‖/‖W‖", "survived", "bound by"):
-        table.add_column(column, justify="left" if column in ("site", "kind", "bound by") else "right", overflow="fold")
+    several = len({row["adapter"] for row in result.sites}) > 1
+    places = len({row["name"] for row in result.sites})
+    title = f"{counted(len(result.sites), 'delta')} at {counted(places, 'site')}"
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    # Deltas of several adapters at one site are rounded together, so what is measured there is their sum's.
+    norm = "‖ΣΔW‖/‖W‖" if several else "‖ΔW‖/‖W‖"
+    left = ("site", "kind", "bound by", "adapter")
+    for column in ("site", "kind", "rank", "scale", norm, "survived", "bound by", *(["adapter"] if several else [])):
+        table.add_column(column, justify="left" if column in left else "right", overflow="fold")
     for row in result.sites[:_SHOWN]:
         rank = "-" if row["rank"] is None else str(row["rank"])
         numbers = (_number(row["scale"]), _number(row["relative_norm"]), _percent(row["survived"]))
-        table.add_row(row["name"], row["kind"], rank, *numbers, row["way"])
+        table.add_row(row["name"], row["kind"], rank, *numbers, row["way"], *([row["adapter"]] if several else []))
     if len(result.sites) > _SHOWN:
         table.add_row(f"... and {len(result.sites) - _SHOWN} more (--json lists all)")
     console.print(table)
@@ -67,10 +80,8 @@ def print_fold(result: FoldResult, console: Console) -> None:
     if result.verification is not None:
         print_verification(result.verification, console)
     done = "Would write" if result.dry_run else "Wrote"
-    files = ", ".join(result.files)
-    console.print(
-        Text(f"{done} {result.output} ({_bytes(result.bytes)}; {files})" if files else f"{done} {result.output}")
-    )
+    files = f"; {', '.join(result.files)}" if len(result.files) > 1 else ""
+    console.print(Text(f"{done} {result.output} ({_bytes(result.bytes)}{files})"))
 
 
 def print_verification(verification: Verification, console: Console) -> None:
@@ -86,7 +97,8 @@ def print_verification(verification: Verification, console: Console) -> None:
         verdict = check["verdict"]
         table.add_row(name, Text(verdict, style=_STYLE.get(verdict, "")), Text(_evidence(name, check)))
     console.print(table)
-    console.print(Text.assemble("verdict: ", (body["verdict"], _STYLE.get(body["verdict"], ""))))
+    unmeasured = " (latency was not measured: --latency)" if body["latency"]["verdict"] == "skipped" else ""
+    console.print(Text.assemble("verdict: ", (body["verdict"], _STYLE.get(body["verdict"], "")), unmeasured))
 
 
 def _evidence(name: str, check: dict[str, Any]) -> str:
@@ -161,16 +173,30 @@ def print_inspection(found: dict[str, Any], console: Console, *, sites: bool = F
             console.print(Text(f"... and {len(rows) - _SHOWN} more (--sites or --json lists all)"))
 
 
+def check_reports(paths: Sequence[str | Path], others: Sequence[Path], *, ending: str = ".json") -> None:
+    """Refuse reports that cannot be written, or that would replace a part of ``others``, before any work is done.
+
+    Raises:
+        InputError: The ending is another, the folder is missing or not writable, or the path is an input or the output.
+    """
+    for path in map(Path, paths):
+        if ending and path.suffix.lower() != ending:
+            raise InputError(f"{path}: reports are written as {ending}.", hint=f"Name it REPORT{ending}.")
+        if path.is_dir() or not os.access(path.absolute().parent, os.W_OK | os.X_OK):
+            raise InputError(f"{path}: cannot be written: its folder is missing or not writable, or it is a folder.")
+        here = path.resolve()
+        for other in (other.resolve() for other in others):
+            if here == other or other in here.parents:
+                raise InputError(f"{path}: the report would replace a part of {other}.", hint="Choose another name.")
+
+
 def write_report(body: dict[str, Any], path: str | Path) -> None:
     """Write a result as JSON.
 
     Raises:
-        InputError: The ending is none that loracc writes, or the file cannot be written.
+        InputError: The file cannot be written.
     """
-    path = Path(path)
-    if path.suffix.lower() != ".json":
-        raise InputError(f"{path}: reports are written as .json.", hint="Name it REPORT.json.")
-    _write(path, json.dumps(body, indent=2) + "\n")
+    _write(Path(path), json.dumps(body, indent=2) + "\n")
 
 
 def write_junit(body: dict[str, Any], path: str | Path) -> None:
@@ -198,7 +224,9 @@ def write_junit(body: dict[str, Any], path: str | Path) -> None:
 
 
 def _write(path: Path, text: str) -> None:
+    aside = path.with_name(f".{path.name}.tmp")
     try:
-        path.write_text(text, encoding="utf-8")
+        aside.write_text(text, encoding="utf-8")
+        os.replace(aside, path)
     except OSError as error:
         raise InputError(f"{path}: cannot be written: {error.strerror or error}.") from error

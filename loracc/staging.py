@@ -46,7 +46,8 @@ def check_destination(
 
     1. The parent is a folder, and writable.
     2. Where a file is to be written there is no folder, and the other way round.
-    3. Nothing is there already, unless ``force``; ``companions`` are names of further files beside the destination.
+    3. Nothing but an empty folder is there already, unless ``force``; ``companions`` are names of further files beside
+       the destination.
     4. The destination is no input, does not lie inside an input folder and does not hold an input.
     5. A folder that ``force`` replaces is empty or holds a model: never somebody's home.
 
@@ -58,7 +59,7 @@ def check_destination(
     for path in inputs:
         _check_input(destination, path, folder=folder)
     for path in (destination, *(destination.with_name(name) for name in companions)):
-        if os.path.lexists(path) and not force:
+        if os.path.lexists(path) and not force and not (folder and _is_empty(path)):
             raise InputError(f"{path}: exists already.", hint="Choose another output, or replace it with --force.")
     if folder and force and destination.is_dir():
         _check_model_folder(destination)
@@ -102,6 +103,10 @@ def _same_file(one: Path, other: Path) -> bool:
         return os.path.samefile(one, other)
     except OSError:  # one of them is not there
         return False
+
+
+def _is_empty(path: Path) -> bool:
+    return path.is_dir() and not any(path.iterdir())
 
 
 def _check_model_folder(folder: Path) -> None:
@@ -157,6 +162,10 @@ class Staging:
         if self._root is None:
             raise RuntimeError("Staging is used outside its with block")
         return self._root / "new" / self.destination.name
+
+    def size(self) -> int:
+        """Bytes of what has been written so far; only inside the ``with`` block."""
+        return sum(file.stat().st_size for file in self.path.parent.rglob("*") if file.is_file())
 
     def __enter__(self) -> Staging:
         self._catch_signals()
@@ -221,7 +230,7 @@ class Staging:
         final = self._beside(name)
         if not os.path.lexists(final):
             return
-        if not self._force:  # it appeared while the output was being made
+        if not self._force and not (self._folder and _is_empty(final)):  # it appeared while the output was being made
             raise InputError(f"{final}: exists already.", hint="Choose another output, or replace it with --force.")
         aside = self.path.parent.parent / "old" / name
         os.rename(final, aside)

@@ -248,7 +248,10 @@ class Structure:
     optimized_nodes: int | None = None
 
     def to_json(self) -> dict[str, Any]:
-        summary = f"{self.nodes} nodes, isomorphic" if self.verdict == "pass" and self.nodes else ""
+        compared = (
+            f"{self.nodes} nodes, isomorphic" if self.nodes else "the same tensors, in names, shapes, dtypes and order"
+        )
+        summary = compared if self.verdict == "pass" else ""
         return {**vars(self), "differences": list(self.differences), "summary": summary}
 
 

@@ -82,6 +82,7 @@ def bind(
     for value in model.ir.graph.initializers.values():
         clear_bindings(value)  # of a call that failed halfway
     errors: list[LoraccError] = []
+    _refuse_unused_maps(adapters, options.maps)
     for adapter in adapters:
         binder = BindAdapterPass(adapter, model.sites, options, total.bindings)
         try:
@@ -95,6 +96,21 @@ def bind(
     if errors:
         raise combined(errors)
     return total
+
+
+def _refuse_unused_maps(adapters: Sequence[Adapter], maps: Sequence[str]) -> None:
+    """A map that renames nothing is a slip of the pen. Names that only the model's spell (kohya's) are not known yet."""
+    if any(adapter.naming is not None for adapter in adapters):
+        return
+    names = [
+        option.name for adapter in adapters for entry in adapter.entries for option in (entry, *entry.alternatives)
+    ]
+    for text, rewriting in zip(maps, parse_maps(maps), strict=True):
+        if all(apply_maps(name, [rewriting]) is None for name in names):
+            raise BindingError(
+                f"--map {text}: no module of the adapters is named {rewriting.old!r} or lies in it.",
+                hint=f"The first of their names: {', '.join(names[:3])}",
+            )
 
 
 class BindAdapterPass(ir.passes.InPlacePass):
@@ -268,8 +284,9 @@ class _Binder:
             return
         if self.options.allow_unmatched:
             self.result.unmatched += [key for entry in missing for key in entry.keys]
+            names = ", ".join(entry.name for entry in missing)
             self.result.notes.append(
-                f"adapter {self.adapter.name!r}: {len(missing)} deltas fit nowhere and were left out."
+                f"adapter {self.adapter.name!r}: {len(missing)} deltas fit nowhere and were left out: {names}."
             )
             return
         known = list(self.table)
@@ -313,7 +330,7 @@ class _Binder:
             self.errors.append(
                 BindingError(
                     f"{site.name}: {_origin(other)} and {_origin(binding)} {what} the same weight.",
-                    hint="Give one of them, or rename with --map." if replaces else "Rename with --map.",
+                    hint="Give one of them, or rename with --map." if replaces else "Rename one with --map.",
                 )
             )
 

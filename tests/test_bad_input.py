@@ -101,6 +101,11 @@ CASES: dict[str, tuple[Callable[[], object] | None, str, tuple[str, ...]]] = {
     "a file as folder": (None, "base adapter -o exists.safetensors/x", ("is not a folder",)),
     "another ending": (None, "base adapter -o out.gguf", (".gguf",)),
     "a weight of zero": (None, "base adapter@0 -o out", ("adapter@0",)),
+    "a map that renames nothing": (None, "base adapter -o out --map nobody=x", ("--map nobody=x", SITE)),
+    "weights without a graph": (None, "base/model.safetensors adapter -o out.onnx", ("only weights", "config.json")),
+    "a report over an input": (None, "base adapter -o out --report adapter/adapter_config.json", ("replace a part",)),
+    "a report of another kind": (None, "base adapter -o out --report r.html", ("r.html", ".json")),
+    "two adapters of one name": (None, "base a=adapter a=adapter -o out", ("named 'a'",)),
     "both scales": (without_config, "base adapter -o out --alpha 1 --scale 1", ("--alpha", "--scale")),
 }
 
@@ -118,6 +123,18 @@ def test_a_wrong_call_says_what_and_leaves_nothing(what: str, here: Path, capsys
         assert word in captured.err
     assert sorted(str(path.relative_to(here)) for path in here.rglob("*")) == before
     assert Path("exists.safetensors").read_bytes() == b"precious"
+
+
+def test_adapters_that_nobody_named_are_told_apart(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("out").mkdir()  # an empty folder is as good as none
+    assert run(["fold", "base", "adapter", "adapter@0.5", "-o", "out", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert [row["adapter"] for row in result["sites"]] == ["adapter", "adapter#2"]
+    assert result["bytes"] == sum(path.stat().st_size for path in Path("out").iterdir())
+    change = (
+        load_file("out/model.safetensors")[f"{SITE}.weight"] - load_file("base/model.safetensors")[f"{SITE}.weight"]
+    )
+    np.testing.assert_allclose(change, 6.0, rtol=1e-6)
 
 
 def test_force_replaces(here: Path) -> None:

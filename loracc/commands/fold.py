@@ -50,7 +50,7 @@ ADAPTER is a file or a folder, optionally NAME=PATH to name it and PATH@0.7 for 
     "--report",
     "reports",
     multiple=True,
-    metavar="FILE.{json,html}",
+    metavar="FILE.json",
     type=click.Path(),
     help="Write a report. Repeatable.",
 )
@@ -67,5 +67,7 @@ def fold(model: str, adapters: tuple[str, ...], output: str, as_json: bool, quie
     with progress_for(quiet=quiet) as progress:
         result = pipeline.fold(model, adapters, output, progress=progress, **values)
     report.print_fold(result, out)
+    if result.unmatched and quiet:
+        click.echo(f"loracc: warning: keys that fit nowhere were left out: {', '.join(result.unmatched)}", err=True)
     if as_json:
         click.echo(json.dumps(result.to_json()))

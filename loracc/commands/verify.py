@@ -47,7 +47,7 @@ Exit code 0 when every check passed, 1 when one said no, 2 when the call or a fi
     "--report",
     "reports",
     multiple=True,
-    metavar="FILE.{json,html}",
+    metavar="FILE.json",
     type=click.Path(),
     help="Write a report. Repeatable.",
 )

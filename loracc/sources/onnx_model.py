@@ -29,6 +29,7 @@ def load_onnx(path: Path, options: LoadOptions) -> BaseModel:
         InputError: Damaged, unsafe external data, a graph that does not hang together, inputs it has not.
         UnsupportedError: Sparse initializers.
     """
+    _refuse_unused(path, options)
     model = read_graph(path)
     inputs = given_inputs(options)
     names = [str(value.name) for value in model.graph.inputs]
@@ -39,6 +40,21 @@ def load_onnx(path: Path, options: LoadOptions) -> BaseModel:
     except InputError as error:
         raise InputError(f"{path}: {error.message}", hint=error.hint) from error
     return BaseModel(path=path, format="onnx", ir=model, sites=sites, sample_inputs=inputs, notes=_notes(sites))
+
+
+def _refuse_unused(path: Path, options: LoadOptions) -> None:
+    """An option that cannot do anything here is a misunderstanding."""
+    told = {
+        "--opset": options.opset,
+        "--task": options.task,
+        "--factory": options.factory,
+        "--dynamic": options.dynamic,
+    }
+    if given := [name for name, value in told.items() if value]:
+        raise InputError(
+            f"{path}: {', '.join(given)} tells how to export a PyTorch model, and this is an .onnx file already.",
+            hint="Leave it out: the graph is kept as it is.",
+        )
 
 
 def _notes(sites: SiteTable) -> tuple[str, ...]:
