@@ -314,6 +314,7 @@ def _raise(model: BaseModel) -> tuple[BaseModel, BindResult]:
     """The LoRA branches in the model's own graph as deltas on the base graph; the model itself stays as it is."""
     from loracc.passes.bind_adapter import BindResult
     from loracc.passes.find_sites import find_sites
+    from loracc.passes.optimize_graph import OptimizeGraph
     from loracc.passes.raise_lora import raise_lora
 
     if not model.traced:
@@ -328,6 +329,8 @@ def _raise(model: BaseModel) -> tuple[BaseModel, BindResult]:
             "\n".join([f"{model.path}: no adapter was given, and the graph has no LoRA branches.", *left]),
             hint="Name adapters after the model: loracc fold MODEL ADAPTER -o OUT",
         )
+    if model.format != "onnx":  # what the branches kept apart comes together, as in the export of the base alone
+        OptimizeGraph(set(graph.graph.initializers))(graph)
     found = replace(model, ir=graph, sites=find_sites(graph))
     return found, BindResult(list(raised.bindings), notes=left)
 

@@ -99,7 +99,7 @@ def bind(
 
 
 def _refuse_unused_maps(adapters: Sequence[Adapter], maps: Sequence[str]) -> None:
-    """A map that renames nothing is a slip of the pen. Names that only the model's spell (kohya's) are not known yet."""
+    """A map that renames nothing is a slip of the pen. What kohya's names stand for is not known yet."""
     if any(adapter.naming is not None for adapter in adapters):
         return
     names = [
