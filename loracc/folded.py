@@ -24,6 +24,8 @@ __all__ = ["Binding", "FoldedTensor", "annotate", "bindings_of", "block_rows", "
 _BINDINGS = "loracc.bindings"
 #: Products that are summed per element, up to which float32 serves bfloat16 weights.
 _FLOAT32_RANK = 16
+#: Elements of a weight above which the time of float64 arithmetic counts.
+_FLOAT32_ELEMENTS = 1 << 20
 #: Elements of one compute block: in float32 it stays in a core's second-level cache.
 _BLOCK_ELEMENTS = 1 << 17
 #: A product of fewer rows spends its time on packing the other factor; more elements than this are never held at once.
@@ -126,9 +128,11 @@ class FoldedTensor(TiledTensor):
 
         float32 is enough for bfloat16 only while the delta is a short sum: with strong deltas (‖ΔW‖ ≥ ‖W‖) it misrounds
         6·10⁻⁵ of the elements at rank 16, 1.1·10⁻⁴ at rank 64 and 2.6·10⁻⁴ at rank 256, and at most 10⁻⁴ is promised.
+        A small weight, of which one element may be more than that, costs nothing in float64.
         """
         short = sum(_terms(binding.delta) for binding in self.bindings) <= _FLOAT32_RANK
-        narrow = short and self.base.dtype != ir.DataType.DOUBLE
+        large = math.prod(dims(self)) > _FLOAT32_ELEMENTS
+        narrow = short and large and self.base.dtype != ir.DataType.DOUBLE
         return compute_dtype(self.dtype) if narrow else np.dtype(np.float64)
 
     def statistic(self, binding: Binding) -> Array | None:
