@@ -22,23 +22,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from loracc.adapter import Adapter, Delta, Entry, PendingDelta
+from loracc.combine_methods import METHODS, ON_DELTAS
 from loracc.deltas import LowRank
 from loracc.dtypes import Array
 from loracc.errors import InputError, LoraccError, UnsupportedError, combined
 from loracc.kinds.combined import Combined, Recipe, mix
 
-__all__ = ["METHODS", "CombineOptions", "combine_adapters"]
-
-_ON_FACTORS = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
-_ON_DELTAS = {
-    "svd": "linear",
-    "ties_svd": "ties",
-    "dare_linear_svd": "dare_linear",
-    "dare_ties_svd": "dare_ties",
-    "magnitude_prune_svd": "magnitude_prune",
-}
-#: What ``--combine`` takes.
-METHODS = ("linear", "cat", "svd", "ties", "dare", *_ON_FACTORS[2:], *list(_ON_DELTAS)[1:])
+__all__ = ["CombineOptions", "combine_adapters"]
 
 
 @dataclass(frozen=True)
@@ -74,7 +64,7 @@ class CombineOptions:
             raise InputError(f"--density means nothing to --combine {self.method}, which prunes nothing.")
         if self.density is not None and not 0.0 < self.density <= 1.0:
             raise InputError(f"--density {self.density:g}: expected a part above 0 and up to 1.")
-        if self.rank is not None and self.method not in _ON_DELTAS:
+        if self.rank is not None and self.method not in ON_DELTAS:
             raise InputError(f"--rank means nothing to --combine {self.method}; it does to svd and the *_svd methods.")
         if self.rank is not None and self.rank < 1:
             raise InputError(f"--rank {self.rank}: expected a positive number.")
@@ -141,7 +131,7 @@ def _entry(name: str, members: Sequence[tuple[Entry, float]], options: CombineOp
     if any(entry.alternatives for entry, _ in members):
         raise UnsupportedError(f"{name}: a delta whose parameter the file leaves open cannot be combined.")
     deltas, weights = [entry.delta for entry, _ in members], [weight for _, weight in members]
-    if options.method in _ON_DELTAS:
+    if options.method in ON_DELTAS:
         delta = _of_deltas(name, deltas, weights, options)
     elif options.method == "cat":
         delta = _concatenated(name, deltas, weights)
@@ -166,7 +156,7 @@ def _of_deltas(name: str, deltas: Sequence[Delta], weights: Sequence[float], opt
     shapes = {delta.shape for delta in deltas if not isinstance(delta, PendingDelta)}
     if len(shapes) > 1:
         raise InputError(f"{name}: the adapters are for weights of different shapes: {sorted(map(str, shapes))}.")
-    recipe = Recipe(_ON_DELTAS[options.method], options.density or 1.0, options.seed, name)
+    recipe = Recipe(ON_DELTAS[options.method], options.density or 1.0, options.seed, name)
     keep = options.rank
     if keep is None and options.method == "svd":
         keep = max((delta.rank or 0 for delta in deltas), default=0) or None

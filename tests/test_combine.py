@@ -15,7 +15,8 @@ from torch import nn
 import loracc
 from loracc.adapter import Adapter, Delta, Entry
 from loracc.cli import run
-from loracc.combine import METHODS, CombineOptions, combine_adapters
+from loracc.combine import CombineOptions, combine_adapters
+from loracc.combine_methods import METHODS
 from loracc.deltas import Addition, DoRA, LowRank, Replacement
 from loracc.errors import InputError, LoraccError, UnsupportedError
 from tests.models import randomize

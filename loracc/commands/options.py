@@ -7,6 +7,8 @@ from typing import Any, TypeVar
 
 import click
 
+from loracc.combine_methods import METHODS
+
 __all__ = ["adapter_options", "combine_options", "console", "model_options", "output_options"]
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -128,8 +130,6 @@ def adapter_options(command: F) -> F:
 
 def combine_options(command: F) -> F:
     """How several adapters become one."""
-    from loracc.combine import METHODS
-
     for option in reversed(
         (
             click.option(
