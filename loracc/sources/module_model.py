@@ -71,9 +71,18 @@ def _with_samples(options: LoadOptions, known: dict[str, TracedInput]) -> list[T
     if unknown := [f"{name}:{axis}" for name, axis in dynamic if name not in given or axis >= given[name].ndim]:
         raise InputError(f"--dynamic {unknown[0]}: there is no such axis.", hint=f"The inputs: {', '.join(given)}.")
     inputs = []
+    # An input that loracc does not know (token_type_ids) has the axes of those that it knows: same place, same length.
+    alike = {
+        (axis, given[name].shape[axis]): symbol
+        for name, own in known.items()
+        if name in given and len(own.symbols) == given[name].ndim
+        for axis, symbol in enumerate(own.symbols)
+    }
     for name, array in given.items():
         own = known.get(name)
-        symbols: Sequence[str | None] = own.symbols if own and len(own.symbols) == array.ndim else [None] * array.ndim
+        symbols: Sequence[str | None] = [alike.get((axis, length)) for axis, length in enumerate(array.shape)]
+        if own and len(own.symbols) == array.ndim:
+            symbols = own.symbols
         chosen = tuple(dynamic.get((name, axis), symbol) for axis, symbol in enumerate(symbols))
         inputs.append(TracedInput(name, chosen, array, own.range if own else None))
     return inputs
