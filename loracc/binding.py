@@ -1,0 +1,99 @@
+"""What is to be folded: adapters read and bound to a model, or LoRA found in the model's own graph."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from loracc.errors import BindingError, InputError
+
+if TYPE_CHECKING:
+    from loracc.adapter import Adapter
+    from loracc.formats import AdapterSpec
+    from loracc.model import BaseModel
+    from loracc.passes.bind_adapter import BindResult
+
+__all__ = ["bind_adapters", "raise_adapters", "read_adapters"]
+
+
+def read_adapters(
+    specs: Sequence[AdapterSpec],
+    told: dict[str, Any],
+    *,
+    combine: str | None,
+    density: float | None,
+    rank: int | None,
+    seed: int,
+) -> list[Adapter]:
+    """The adapters at their weights, or the one that ``combine`` makes of them."""
+    from loracc.formats import load_adapter
+
+    if combine is None:
+        if density is not None or rank is not None:
+            raise InputError("--density and --rank mean nothing without --combine.")
+        return _named_apart(
+            [load_adapter(spec.path, name=spec.name, **told).scaled(spec.weight) for spec in specs], specs
+        )
+    from loracc.combine import CombineOptions, combine_adapters
+
+    options = CombineOptions(combine, density, rank, seed)
+    read = [load_adapter(spec.path, name=spec.name, **told) for spec in specs]
+    return [combine_adapters(read, [spec.weight for spec in specs], options)]
+
+
+def _named_apart(adapters: list[Adapter], specs: Sequence[AdapterSpec]) -> list[Adapter]:
+    """Two runs' ``checkpoint-500`` are two adapters: names that nobody chose are numbered."""
+    taken: set[str] = set()
+    for index, adapter in enumerate(adapters):
+        if adapter.name in taken and specs[index].name is not None:
+            raise InputError(
+                f"two adapters are named {adapter.name!r}.", hint="Choose another NAME=PATH for one of them."
+            )
+        name, number = adapter.name, 1
+        while name in taken:
+            number += 1
+            name = f"{adapter.name}#{number}"
+        taken.add(name)
+        adapters[index] = replace(adapter, name=name)
+    return adapters
+
+
+def bind_adapters(
+    model: BaseModel, adapters: Sequence[Adapter], maps: Sequence[str], allow_unmatched: bool
+) -> tuple[BaseModel, BindResult]:
+    """Bind, by a checkpoint's own names or, where those do not fit, by what transformers makes of them."""
+    from loracc.passes.bind_adapter import bind
+
+    try:
+        return model, bind(model, adapters, maps=maps)
+    except BindingError:
+        from loracc.sources.hf_names import with_module_names
+
+        model = (None if model.traced else with_module_names(model)) or model
+        return model, bind(model, adapters, maps=maps, allow_unmatched=allow_unmatched)
+
+
+def raise_adapters(model: BaseModel) -> tuple[BaseModel, BindResult]:
+    """The LoRA branches in the model's own graph as deltas on the base graph; the model itself stays as it is."""
+    from loracc.passes.bind_adapter import BindResult
+    from loracc.passes.find_sites import find_sites
+    from loracc.passes.optimize_graph import OptimizeGraph
+    from loracc.passes.raise_lora import raise_lora
+
+    if not model.traced:
+        raise InputError(
+            "no adapter was given.", hint="Name one or more after the model: loracc fold MODEL ADAPTER -o OUT"
+        )
+    graph = model.ir.clone()
+    raised = raise_lora(graph)
+    left = [f"looks like LoRA and is not: {rejected}" for rejected in raised.rejected]
+    if not raised.bindings:
+        raise InputError(
+            "\n".join([f"{model.path}: no adapter was given, and the graph has no LoRA branches.", *left]),
+            hint="Name adapters after the model: loracc fold MODEL ADAPTER -o OUT",
+        )
+    if model.format != "onnx":  # what the branches kept apart comes together, as in the export of the base alone
+        OptimizeGraph(set(graph.graph.initializers))(graph)
+    found = replace(model, ir=graph, sites=find_sites(graph))
+    return found, BindResult(list(raised.bindings), notes=left)
