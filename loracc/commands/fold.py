@@ -16,6 +16,7 @@ Examples:
   loracc fold model.pt2 adapter/ -o out.onnx            one adapter into a traced model
   loracc fold hf_folder/ adapter/ -o out.onnx           trace a Hugging Face folder, weights streamed
   loracc fold hf_folder/ adapter/ -o merged/            a merged checkpoint, same names, shards and dtypes
+  loracc fold hf_folder/ adapter/ -o out.onnx --task text-generation-with-past      a decoder with a KV cache
   loracc fold base.onnx a=one/ b=two/@0.5 -o out.onnx   two adapters, the second at half strength
   loracc fold base/ a/@0.7 b/@0.3 --combine ties_svd --density 0.5 -o merged/
   loracc fold base.onnx lora.safetensors --alpha 16 -o out.onnx

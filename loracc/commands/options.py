@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import click
 
 from loracc.combine_methods import METHODS
+from loracc.tasks import TASKS
 
 __all__ = ["adapter_options", "combine_options", "console", "model_options", "output_options"]
 
@@ -61,7 +62,12 @@ def model_options(command: F) -> F:
                 help="A dynamic axis, e.g. input_ids:0=batch. Repeatable.",
             ),
             click.option("--opset", type=click.IntRange(13, 25), help="ONNX opset of the export."),
-            click.option("--task", help="What a Hugging Face folder is exported for."),
+            click.option(
+                "--task",
+                metavar="TASK",
+                help="What a Hugging Face folder is exported for (default: the class in its config.json, no cache). "
+                f"Known: {', '.join(TASKS)}.",
+            ),
             click.option(
                 "--factory",
                 metavar="PACKAGE.MODULE:FUNCTION",

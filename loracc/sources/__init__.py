@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from loracc.errors import InputError
 from loracc.model import BaseModel, LoadOptions
 from loracc.sources.sniff import sniff
 
@@ -44,6 +45,12 @@ def load_model(path: str | os.PathLike[str], options: LoadOptions | None = None)
     kind = sniff(path)
     if kind == "huggingface" and not options.graph:
         kind = "checkpoint"
+    if options.task and kind not in ("huggingface", "onnx"):  # an .onnx file says so in its own words
+        raise InputError(
+            f"{path}: --task {options.task} says what a Hugging Face folder is exported for; here "
+            + ("only its weights are read." if sniff(path) == "huggingface" else f"is a {kind.replace('_', ' ')}."),
+            hint="Leave it out." if options.graph else "Leave it out, or write a graph: -o OUT.onnx or OUT.pt2.",
+        )
     return _front_end(kind)(Path(path), options)
 
 

@@ -14,10 +14,10 @@ import numpy as np
 from loracc.dtypes import Array
 from loracc.errors import UnsupportedError
 
-__all__ = ["TracedInput", "plan_inputs"]
+__all__ = ["BATCH", "PAST", "SEQUENCE", "TracedInput", "decoder_inputs", "plan_inputs"]
 
 #: Lengths a model is traced with: unequal to each other, to 0 and 1, and to any likely constant of a model.
-_BATCH, _SEQUENCE, _DECODER, _SAMPLES, _SIDE = 2, 7, 5, 4000, 224
+BATCH, SEQUENCE, PAST, _DECODER, _SAMPLES, _SIDE = 2, 7, 6, 5, 4000, 224
 #: Attributes of a configuration that hold a vocabulary's size.
 _VOCABULARY = ("vocab_size", "n_vocab")
 
@@ -54,10 +54,10 @@ def plan_inputs(model: Any, folder: Path) -> list[TracedInput]:
     elif main == "pixel_values":
         inputs = [_pixels(model.config)]
     elif main == "input_values":
-        inputs = [TracedInput(main, ("batch", "samples"), np.zeros((_BATCH, _SAMPLES), np.float32))]
+        inputs = [TracedInput(main, ("batch", "samples"), np.zeros((BATCH, _SAMPLES), np.float32))]
     elif main == "input_features" and getattr(model.config, "max_source_positions", None):
         mel, frames = model.config.num_mel_bins, 2 * model.config.max_source_positions  # Whisper: two strided layers
-        inputs = [TracedInput(main, ("batch", None, None), np.zeros((_BATCH, mel, frames), np.float32))]
+        inputs = [TracedInput(main, ("batch", None, None), np.zeros((BATCH, mel, frames), np.float32))]
     else:
         raise UnsupportedError(
             f"{folder}: {type(model).__name__} takes {main!r}, for which loracc has no sample.",
@@ -68,9 +68,23 @@ def plan_inputs(model: Any, folder: Path) -> list[TracedInput]:
     return inputs
 
 
+def decoder_inputs(model: Any) -> list[TracedInput]:
+    """Ids, mask and positions of a decoder that continues a past; axes named as optimum names them."""
+    axes, total = ("batch_size", "sequence_length"), "past_sequence_length + sequence_length"
+    ids = _ids("input_ids", model.config, SEQUENCE, axes[1])
+    inputs = [
+        TracedInput("input_ids", axes, ids.array, ids.range),
+        TracedInput("attention_mask", (axes[0], total), np.ones((BATCH, PAST + SEQUENCE), np.int64), (1, 2)),
+    ]
+    if "position_ids" in inspect.signature(model.forward).parameters:
+        positions = np.broadcast_to(np.arange(PAST, PAST + SEQUENCE, dtype=np.int64), (BATCH, SEQUENCE)).copy()
+        inputs.append(TracedInput("position_ids", axes, positions))
+    return inputs
+
+
 def _text(model: Any, accepted: set[str], folder: Path) -> list[TracedInput]:
-    inputs = [_ids("input_ids", model.config, _SEQUENCE, "sequence")]
-    ones = np.ones((_BATCH, _SEQUENCE), np.int64)
+    inputs = [_ids("input_ids", model.config, SEQUENCE, "sequence")]
+    ones = np.ones((BATCH, SEQUENCE), np.int64)
     if "attention_mask" in accepted:
         inputs.append(TracedInput("attention_mask", ("batch", "sequence"), ones, (1, 2)))
     kinds = getattr(model.config, "type_vocab_size", 0)
@@ -85,7 +99,7 @@ def _ids(name: str, config: Any, length: int, symbol: str) -> TracedInput:
     text = config.get_text_config()
     size = next((getattr(text, key) for key in _VOCABULARY if getattr(text, key, None)), None)
     stop = int(size) if size else 2
-    array = np.arange(_BATCH * length, dtype=np.int64).reshape(_BATCH, length) % stop
+    array = np.arange(BATCH * length, dtype=np.int64).reshape(BATCH, length) % stop
     return TracedInput(name, ("batch", symbol), array, (0, stop))
 
 
@@ -94,7 +108,7 @@ def _pixels(config: Any, batch: str = "batch") -> TracedInput:
     size = getattr(config, "image_size", None)
     height, width = size if isinstance(size, Sequence) else (size or _SIDE, size or _SIDE)
     free = size is None
-    array = np.zeros((_BATCH, getattr(config, "num_channels", 3), height, width), np.float32)
+    array = np.zeros((BATCH, getattr(config, "num_channels", 3), height, width), np.float32)
     return TracedInput("pixel_values", (batch, None, "height" if free else None, "width" if free else None), array)
 
 

@@ -15,7 +15,9 @@ from loracc.errors import InputError, UnsupportedError, require
 from loracc.model import BaseModel, LoadOptions
 from loracc.quiet import quiet
 from loracc.sources.checkpoint_files import read_config
-from loracc.sources.hf_inputs import TracedInput
+from loracc.sources.hf_cache import cache_layers, past_inputs, with_cache
+from loracc.sources.hf_inputs import TracedInput, decoder_inputs
+from loracc.sources.hf_tasks import Task, class_for, parse_task
 from loracc.sources.hf_weights import MappedWeights, read_weights
 from loracc.sources.module_model import choose_inputs, without_cache
 from loracc.sources.torch_export import name_dimensions, tied_groups, to_ir
@@ -40,14 +42,17 @@ def load_huggingface(path: Path, options: LoadOptions) -> BaseModel:
     require("torch", "trace a Hugging Face model")
     require("transformers", "build a Hugging Face model")
     with _transformers_quiet():
+        task = parse_task(options.task)
         model_class, config = _model_class(path)
+        model_class = class_for(task, config, model_class) if task else model_class
         weights = read_weights(path)
         built = _build(path, model_class, config, weights)
-        inputs = choose_inputs(built.model, path, options)
+        inputs = _inputs(built.model, path, options, task)
         try:
             graph, program = _export(built.model, weights, inputs, options)
         except UnsupportedError as error:  # some attention kernels cannot be traced; the plain one can
             plain = _build(path, model_class, config, weights, "eager")
+            _inputs(plain.model, path, options, task)
             try:
                 graph, program = _export(plain.model, weights, inputs, options)
             except UnsupportedError:
@@ -152,6 +157,16 @@ def _build(path: Path, model_class: Any, config: Any, weights: MappedWeights, at
 
 def _has_experts(model: Any) -> bool:
     return any(p.ndim == 3 and ".experts." in name for name, p in model.named_parameters())
+
+
+def _inputs(model: Any, path: Path, options: LoadOptions, task: Task | None) -> list[TracedInput]:
+    """What the model is traced with; it is made to take a cache where the task says so."""
+    if task is None or not task.past:
+        return choose_inputs(model, path, options)
+    layers = cache_layers(model)
+    plan = choose_inputs(model, path, options, lambda model, _: [*decoder_inputs(model), *past_inputs(layers)])
+    with_cache(model)
+    return plan
 
 
 def _export(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,12 +54,17 @@ def without_cache(model: Any) -> None:
             part.config.use_cache = False
 
 
-def choose_inputs(model: Any, path: Path, options: LoadOptions) -> list[TracedInput]:
+def choose_inputs(
+    model: Any,
+    path: Path,
+    options: LoadOptions,
+    plan: Callable[[Any, Path], list[TracedInput]] = plan_inputs,
+) -> list[TracedInput]:
     """A transformers model's own inputs, or the user's samples; an input that loracc knows keeps its dynamic axes."""
     if not options.inputs and not options.inputs_file:
-        return plan_inputs(model, path)
+        return plan(model, path)
     try:
-        known = {traced.name: traced for traced in plan_inputs(model, path)}
+        known = {traced.name: traced for traced in plan(model, path)}
     except UnsupportedError:
         known = {}
     return _with_samples(options, known)

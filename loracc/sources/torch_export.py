@@ -67,6 +67,7 @@ def to_ir(
         HoistTransposes(groups, SHARED_LIMIT)(model)
         OptimizeGraph(protected)(model)
     strip_metadata(model)
+    _name_inputs(model.graph, program)
     _name_outputs(model.graph, program)
     return model
 
@@ -79,6 +80,19 @@ def _attach(graph: ir.Graph, lazy: Mapping[str, ir.TensorProtocol]) -> None:
             if tensor.dtype != value.const_value.dtype or dims(tensor) != dims(value.const_value):
                 raise AssertionError(f"{name}: {tensor} attached in the place of {value.const_value}")
             value.const_value = tensor
+
+
+def _name_inputs(graph: ir.Graph, program: torch.export.ExportedProgram) -> None:
+    """Tensors inside of mappings are named by their path (torch joins it with underscores); others have their name."""
+    from torch.utils import _pytree
+
+    spec = program.call_spec.in_spec
+    _, keywords = _pytree.tree_unflatten(list(range(spec.num_leaves)), spec)
+    names = leaf_names(keywords)
+    if len(names) == len(graph.inputs):
+        for value, name in zip(graph.inputs, names, strict=True):
+            if "." in name and value.name == name.replace(".", "_"):
+                value.name = name
 
 
 def _name_outputs(graph: ir.Graph, program: torch.export.ExportedProgram) -> None:
@@ -188,12 +202,22 @@ def _rename_symbols(model: ir.Model, renamed: Mapping[str, str]) -> None:
     values = [*model.graph.inputs, *model.graph.outputs]
     for node in model.graph.all_nodes():
         values.extend(node.outputs)
+    spelt: dict[tuple[str, ...], str] = {}
     for value in dict.fromkeys(values):
         if value.shape is None or value.shape.is_static():
             continue
-        value.shape = ir.Shape(
-            [
-                pattern.sub(lambda m: renamed[m[1]], d.value) if isinstance(d, ir.SymbolicDim) and d.value else d
-                for d in value.shape.dims
-            ]
-        )
+        renewed = [
+            pattern.sub(lambda m: renamed[m[1]], d.value) if isinstance(d, ir.SymbolicDim) and d.value else d
+            for d in value.shape.dims
+        ]
+        spelt |= {_terms(d): d for d in renewed if isinstance(d, str) and value.is_graph_input()}
+        value.shape = ir.Shape([spelt.get(_terms(d), d) if isinstance(d, str) else d for d in renewed])
+
+
+def _terms(symbol: str) -> tuple[str, ...]:
+    """torch writes the terms of one sum in any order; an input's spelling is everybody's.
+
+    >>> _terms("b + a") == _terms("a + b")
+    True
+    """
+    return tuple(sorted(symbol.split(" + ")))

@@ -15,7 +15,7 @@ from loracc.quiet import quiet
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["TORCH_LOGGERS", "as_tensor", "leaf_names", "reason_of", "trace"]
+__all__ = ["TORCH_LOGGERS", "as_tensor", "leaf_names", "nested", "reason_of", "trace"]
 
 #: Loggers that report progress and missing optional packages during an export.
 TORCH_LOGGERS = ("torch", "onnxscript", "onnx_ir")
@@ -28,7 +28,7 @@ def trace(
 
     Args:
         module: In eval mode.
-        inputs: Samples, by parameter of ``forward``.
+        inputs: Samples, by parameter of ``forward``; a dot goes into a mapping, as in "past_key_values.0.key".
         symbols: Per input, a symbol for each axis that is to be dynamic and None for the others. torch decides for
             itself which of them it can keep dynamic, and which are one and the same.
 
@@ -44,7 +44,7 @@ def trace(
     arguments = {name: as_tensor(array) for name, array in inputs.items()}
     with torch.no_grad(), quiet(*TORCH_LOGGERS):
         try:
-            return torch.export.export(module, (), arguments, dynamic_shapes=dynamic, strict=False)
+            return torch.export.export(module, (), nested(arguments), dynamic_shapes=nested(dynamic), strict=False)
         except Exception as error:  # a tracer's boundary: it fails with whatever the model's code raises
             raise UnsupportedError(
                 f"torch.export cannot trace {type(module).__name__}: {reason_of(error)}",
@@ -60,6 +60,22 @@ def as_tensor(array: Array) -> torch.Tensor:
     if array.dtype == ml_dtypes.bfloat16:
         return torch.from_numpy(array.view(np.int16).copy()).view(torch.bfloat16)
     return torch.from_numpy(np.array(array))
+
+
+def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Mappings in the place of dots.
+
+    >>> nested({"x": 1, "past.0.key": 2, "past.0.value": 3})
+    {'x': 1, 'past': {'0': {'key': 2, 'value': 3}}}
+    """
+    result: dict[str, Any] = {}
+    for name, value in flat.items():
+        *path, leaf = name.split(".")
+        place = result
+        for part in path:
+            place = place.setdefault(part, {})
+        place[leaf] = value
+    return result
 
 
 def leaf_names(structure: Any, prefix: str = "") -> list[str]:

@@ -1,0 +1,19 @@
+"""The tasks that a Hugging Face folder can be exported for. Imports nothing: the command line lists them."""
+
+from __future__ import annotations
+
+__all__ = ["TASKS"]
+
+#: Task -> the class of transformers that knows which model does it. The endings are optimum's.
+TASKS: dict[str, str] = {
+    "feature-extraction": "AutoModel",
+    "fill-mask": "AutoModelForMaskedLM",
+    "text-generation": "AutoModelForCausalLM",
+    "text-generation-with-past": "AutoModelForCausalLM",
+    "text2text-generation": "AutoModelForSeq2SeqLM",
+    "text-classification": "AutoModelForSequenceClassification",
+    "token-classification": "AutoModelForTokenClassification",
+    "question-answering": "AutoModelForQuestionAnswering",
+    "image-classification": "AutoModelForImageClassification",
+    "audio-classification": "AutoModelForAudioClassification",
+}
