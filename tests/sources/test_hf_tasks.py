@@ -20,7 +20,6 @@ from loracc.sources.huggingface import load_huggingface
 from loracc.tasks import TASKS
 from tests.models import FAMILIES, adapted, build, save_base, text_inputs, torch_inputs
 
-
 pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT and transformers about each other, and torch's exporter
 
 
