@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -60,11 +61,24 @@ def _named_apart(adapters: list[Adapter], specs: Sequence[AdapterSpec]) -> list[
 
 
 def bind_adapters(
-    model: BaseModel, adapters: Sequence[Adapter], maps: Sequence[str], allow_unmatched: bool
+    model: BaseModel,
+    adapters: Sequence[Adapter],
+    maps: Sequence[str],
+    allow_unmatched: bool,
+    original: str | os.PathLike[str] | None = None,
 ) -> tuple[BaseModel, BindResult]:
-    """Bind, by a checkpoint's own names or, where those do not fit, by what transformers makes of them."""
+    """Bind, by a checkpoint's own names or, where those do not fit, by what transformers makes of them.
+
+    Args:
+        original: The checkpoint that the graph was made of (``--base``): weights that lost their names are found by
+            their values.
+    """
     from loracc.passes.bind_adapter import bind
 
+    if original is not None:
+        from loracc.content import bind_by_content
+
+        return bind_by_content(model, adapters, maps, allow_unmatched, original)
     try:
         return model, bind(model, adapters, maps=maps)
     except BindingError:

@@ -67,6 +67,7 @@ def build_trt(
     refittable: str = "none",
     timing_cache: Path_ | None = None,
     maps: Sequence[str] = (),
+    original: Path_ | None = None,
     force: bool = False,
     **options: Any,
 ) -> EngineResult:
@@ -85,7 +86,7 @@ def build_trt(
         strip: Leave the weights out of the plan.
         refittable: "none", "adapter" (the folded weights) or "all".
         timing_cache: Read if it is there, and written: the same tactics for the next build.
-        maps, options: As for :func:`loracc.fold`.
+        maps, original, options: As for :func:`loracc.fold`.
         force: Replace the output.
 
     Raises:
@@ -106,7 +107,7 @@ def build_trt(
     inputs = [Path(model), *(Path(spec.path) for spec in specs)]
     with Staging(path, inputs=inputs, force=force, companions=(manifest_name(path),)) as stage:
         trt = load_flavor(flavor)
-        lowered, bindings = _folded(model, specs, maps, options)
+        lowered, bindings = _folded(model, specs, maps, original, options)
         told = BuildOptions(
             tf32,
             workspace,
@@ -129,12 +130,12 @@ def build_trt(
 
 
 def _folded(
-    model: Path_, specs: Sequence[Any], maps: Sequence[str], options: dict[str, Any]
+    model: Path_, specs: Sequence[Any], maps: Sequence[str], original: Path_ | None, options: dict[str, Any]
 ) -> tuple[BaseModel, list[Binding]]:
+    from loracc.binding import bind_adapters
     from loracc.formats import load_adapter
     from loracc.lower import lower
     from loracc.model import LoadOptions
-    from loracc.passes.bind_adapter import bind
     from loracc.sources import load_model, sniff
 
     if sniff(model) != "onnx":
@@ -145,7 +146,7 @@ def _folded(
     if not specs:
         return loaded, []
     read = [load_adapter(spec.path, name=spec.name, **options).scaled(spec.weight) for spec in specs]
-    bound = bind(loaded, read, maps=maps)
+    loaded, bound = bind_adapters(loaded, read, maps, False, original)
     return lower(loaded), list(bound.bindings)
 
 

@@ -73,6 +73,7 @@ def fold(
     adapters: Sequence[Path_] = (),
     output: Path_ = "",
     *,
+    original: Path_ | None = None,
     maps: Sequence[str] = (),
     allow_unmatched: bool = False,
     combine: str | None = None,
@@ -94,6 +95,7 @@ def fold(
         model: A model file or folder; its kind is told from its bytes.
         adapters: Files or folders, each optionally ``NAME=PATH`` and ``PATH@WEIGHT``; they add up in this order.
         output: ``.onnx``, ``.pt2``, ``.safetensors`` or a folder; decides what is written.
+        original: The checkpoint that the model's graph was made of (``--base``), to find weights that lost their names.
         maps: ``OLD=NEW`` renamings of the adapter's modules.
         allow_unmatched: Report adapter keys that fit nowhere instead of refusing.
         combine: How several adapters become one (:mod:`loracc.combine`); None is their exact sum.
@@ -124,7 +126,7 @@ def fold(
     load, told = _split(options)
     read = read_adapters(specs, told, combine=combine, density=density, rank=rank, seed=seed)
     with job.base(_load(model, load, graph=job.target.needs_graph)) as loaded:
-        lowered = _lower(loaded, read, job, maps, allow_unmatched)
+        lowered = _lower(loaded, read, job, maps, allow_unmatched, original)
         result = _plan(lowered, job) if dry_run else _write(lowered, job, inputs, force=force, verify=verify)
     for path in reports:
         write_report(result.to_json(), path)
@@ -136,6 +138,7 @@ def verify(
     output: Path_,
     adapters: Sequence[Path_] = (),
     *,
+    original: Path_ | None = None,
     maps: Sequence[str] = (),
     allow_unmatched: bool = False,
     combine: str | None = None,
@@ -155,6 +158,7 @@ def verify(
         base: The original model.
         output: What was made of it.
         adapters: As given to :func:`fold`.
+        original: As given to :func:`fold`.
         combine, density, rank: As given to :func:`fold`.
         latency: Also compare latency with the base.
         margin: Latency ratios inside 1 ± margin count as equal.
@@ -181,7 +185,7 @@ def verify(
     made = _load(output, {}, graph=graph)
     specs = [parse_adapter_spec(str(adapter)) for adapter in adapters]
     read = read_adapters(specs, told, combine=combine, density=density, rank=rank, seed=seed)
-    loaded, bound = bind_adapters(loaded, read, maps, allow_unmatched)
+    loaded, bound = bind_adapters(loaded, read, maps, allow_unmatched, original)
     result = judge(loaded, made, bound.bindings, VerifyOptions(latency=latency, margin=margin, seed=seed))
     for path in reports:
         write_report(result.to_json(), path)
@@ -271,11 +275,21 @@ class _Lowered:
 
 
 def _lower(
-    model: BaseModel, adapters: Sequence[Adapter], job: Job, maps: Sequence[str], allow_unmatched: bool
+    model: BaseModel,
+    adapters: Sequence[Adapter],
+    job: Job,
+    maps: Sequence[str],
+    allow_unmatched: bool,
+    original: Path_ | None,
 ) -> _Lowered:
     from loracc.lower import lower, stamp_provenance
 
-    base, bound = bind_adapters(model, adapters, maps, allow_unmatched) if adapters else raise_adapters(model)
+    if adapters:
+        base, bound = bind_adapters(model, adapters, maps, allow_unmatched, original)
+    elif original is None:
+        base, bound = raise_adapters(model)
+    else:
+        raise InputError("--base finds the weights that an adapter is for, and no adapter was given.")
     lowered = lower(base, job.dtype)
     if base.traced:
         stamp_provenance(lowered.ir, adapters, bound.bindings)

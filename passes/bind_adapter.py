@@ -14,7 +14,7 @@ All problems are collected and raised together. What binds is annotated on the i
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import onnx_ir as ir
@@ -46,11 +46,13 @@ class BindOptions:
         maps: ``OLD=NEW`` renamings.
         allow_unmatched: Report what fits nowhere instead of refusing.
         traced: The graph has the computation; False for a bare checkpoint.
+        explain: What else is known of a name that no site has; "" for nothing.
     """
 
     maps: tuple[str, ...] = ()
     allow_unmatched: bool = False
     traced: bool = True
+    explain: Callable[[str], str] | None = None
 
 
 @dataclass
@@ -69,7 +71,12 @@ class BindResult:
 
 
 def bind(
-    model: BaseModel, adapters: Sequence[Adapter], *, maps: Sequence[str] = (), allow_unmatched: bool = False
+    model: BaseModel,
+    adapters: Sequence[Adapter],
+    *,
+    maps: Sequence[str] = (),
+    allow_unmatched: bool = False,
+    explain: Callable[[str], str] | None = None,
 ) -> BindResult:
     """Bind adapters to a loaded model and annotate its initializers with what bound.
 
@@ -77,7 +84,7 @@ def bind(
         BindingError: Unmatched names, shapes that disagree, ambiguity, conflicts; all of them at once.
         UnsupportedError: A weight cannot take a delta.
     """
-    options = BindOptions(tuple(maps), allow_unmatched, model.traced)
+    options = BindOptions(tuple(maps), allow_unmatched, model.traced, explain)
     total = BindResult()
     for value in model.ir.graph.initializers.values():
         clear_bindings(value)  # of a call that failed halfway
@@ -290,7 +297,8 @@ class _Binder:
             )
             return
         known = list(self.table)
-        lines = [_unmatched_line(entry, nearest(entry.name, known)) for entry in missing]
+        explain = self.options.explain or (lambda _name: "")
+        lines = [_unmatched_line(entry, nearest(entry.name, known), explain(entry.name)) for entry in missing]
         hint = "Rename with --map OLD=NEW, or leave these out with --allow-unmatched."
         if matching.suggestion is not None:
             hint = (
@@ -351,6 +359,7 @@ def _disjoint(first: Binding, second: Binding) -> bool:
     return not set(one.rows.tolist()) & set(two.rows.tolist())
 
 
-def _unmatched_line(entry: Entry, candidates: Sequence[str]) -> str:
+def _unmatched_line(entry: Entry, candidates: Sequence[str], reason: str) -> str:
     near = f"; nearest: {', '.join(candidates)}" if candidates else ""
+    near = f": {reason}" if reason else near
     return f"  {entry.name} ({', '.join(entry.keys)}){near}"

@@ -24,6 +24,7 @@ LAYERS = (
     ("runners", "verdict", "sample_inputs", "verify.*"),
     ("report.*", "inspection"),
     ("lower", "job"),
+    ("content",),
     ("binding", "combine"),
     ("pipeline", "engine", "runtime.*", "convert", "extract"),
     ("commands.*",),

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from loracc.commands.options import adapter_options, console, output_options
+from loracc.commands.options import adapter_options, base_option, console, output_options
 
 __all__ = ["build_trt"]
 
@@ -43,6 +43,7 @@ Examples:
 @click.option("--version-compatible", is_flag=True, help="The engine runs with later minor versions.")
 @click.option("--force", is_flag=True, help="Replace OUT if it exists.")
 @adapter_options
+@base_option
 @output_options
 def build_trt(model: str, output: str, adapters: tuple[str, ...], as_json: bool, quiet: bool, **values: Any) -> None:
     """Build a TensorRT engine from an ONNX file, with adapters folded in memory on the way."""

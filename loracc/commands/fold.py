@@ -7,7 +7,14 @@ from typing import Any
 
 import click
 
-from loracc.commands.options import adapter_options, combine_options, console, model_options, output_options
+from loracc.commands.options import (
+    adapter_options,
+    base_option,
+    combine_options,
+    console,
+    model_options,
+    output_options,
+)
 
 __all__ = ["fold"]
 
@@ -19,6 +26,7 @@ Examples:
   loracc fold hf_folder/ adapter/ -o out.onnx --task text-generation-with-past      a decoder with a KV cache
   loracc fold base.onnx a=one/ b=two/@0.5 -o out.onnx   two adapters, the second at half strength
   loracc fold base/ a/@0.7 b/@0.3 --combine ties_svd --density 0.5 -o merged/
+  loracc fold other.onnx adapter/ --base hf_folder/ -o out.onnx     weights without names: by their values
   loracc fold base.onnx lora.safetensors --alpha 16 -o out.onnx
   loracc fold model.pt --allow-pickle --input x:float32[2,8] adapter/ -o out.onnx
 
@@ -32,6 +40,7 @@ ADAPTER is a file or a folder, optionally NAME=PATH to name it and PATH@0.7 for 
 @click.argument("adapters", nargs=-1, metavar="[ADAPTER]...")
 @click.option("-o", "--output", required=True, type=click.Path(), help="What to write; its ending decides the target.")
 @adapter_options
+@base_option
 @combine_options
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of --combine dare's random masks.")
 @click.option(

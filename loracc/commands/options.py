@@ -10,7 +10,7 @@ import click
 from loracc.combine_methods import METHODS
 from loracc.tasks import TASKS
 
-__all__ = ["adapter_options", "combine_options", "console", "model_options", "output_options"]
+__all__ = ["adapter_options", "base_option", "combine_options", "console", "model_options", "output_options"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -132,6 +132,17 @@ def adapter_options(command: F) -> F:
     ):
         command = option(command)
     return command
+
+
+def base_option(command: F) -> F:
+    """Where weights that lost their names are looked up."""
+    return click.option(
+        "--base",
+        "original",
+        metavar="PATH",
+        type=click.Path(),
+        help="The checkpoint that MODEL's graph was made of: weights that lost their names are found by their values.",
+    )(command)
 
 
 def combine_options(command: F) -> F:

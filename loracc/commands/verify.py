@@ -7,7 +7,14 @@ from typing import Any
 
 import click
 
-from loracc.commands.options import adapter_options, combine_options, console, model_options, output_options
+from loracc.commands.options import (
+    adapter_options,
+    base_option,
+    combine_options,
+    console,
+    model_options,
+    output_options,
+)
 
 __all__ = ["verify"]
 
@@ -32,6 +39,7 @@ Exit code 0 when every check passed, 1 when one said no, 2 when the call or a fi
     help="What was folded, as given to fold. Repeatable, in order.",
 )
 @adapter_options
+@base_option
 @combine_options
 @model_options
 @click.option("--latency/--no-latency", default=False, help="Also compare latency with the base (takes a while).")
