@@ -100,6 +100,7 @@ _EXTRA_OF = {
     "tensorrt_rtx": "rtx",
     "peft": "dev",
     "gguf": "gguf",
+    "matplotlib": "report",
 }
 
 

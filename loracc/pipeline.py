@@ -145,7 +145,11 @@ def verify(
     density: float | None = None,
     rank: int | None = None,
     latency: bool = False,
-    margin: float = 0.02,
+    provider: str = "cpu",
+    threads: int = 0,
+    seconds: float = 30.0,
+    processes: int = 4,
+    margin: float | None = None,
     seed: int = 0,
     reports: Sequence[Path_] = (),
     junit: Path_ | None = None,
@@ -161,7 +165,11 @@ def verify(
         original: As given to :func:`fold`.
         combine, density, rank: As given to :func:`fold`.
         latency: Also compare latency with the base.
-        margin: Latency ratios inside 1 ± margin count as equal.
+        provider: What runs the models: "cpu", "cuda", ...
+        threads: Threads inside one operator; 0 is the runtime's own choice.
+        seconds: Time to spend on latency, over all ``processes``.
+        processes: Processes to measure in, one after the other.
+        margin: Latency ratios inside 1 ± margin count as equal; 2 % on a CPU and 1 % on a device when None.
         seed: Of the sampled inputs, and of ``combine`` as given to :func:`fold`.
         reports: ``.json`` files to write the verdicts to.
         junit: File to write the verdicts to as JUnit XML.
@@ -179,14 +187,23 @@ def verify(
     graph = target_for(output).needs_graph
     check_reports(reports, [Path(base), Path(output)])
     if junit is not None:
-        check_reports([junit], [Path(base), Path(output)], ending="")
+        check_reports([junit], [Path(base), Path(output)], endings=())
     load, told = _split(options)
     loaded = _load(base, load, graph=graph)
     made = _load(output, {}, graph=graph)
     specs = [parse_adapter_spec(str(adapter)) for adapter in adapters]
     read = read_adapters(specs, told, combine=combine, density=density, rank=rank, seed=seed)
     loaded, bound = bind_adapters(loaded, read, maps, allow_unmatched, original)
-    result = judge(loaded, made, bound.bindings, VerifyOptions(latency=latency, margin=margin, seed=seed))
+    judging = VerifyOptions(
+        seed=seed,
+        provider=provider,
+        threads=threads,
+        latency=latency,
+        margin=margin,
+        seconds=seconds,
+        processes=processes,
+    )
+    result = judge(loaded, made, bound.bindings, judging, progress)
     for path in reports:
         write_report(result.to_json(), path)
     if junit is not None:
@@ -198,36 +215,60 @@ def bench(
     models: Sequence[Path_],
     *,
     inputs_file: Path_ | None = None,
-    batch: int = 1,
-    sequence: int = 128,
-    threads: int = 2,
+    batch: int | Sequence[int] = 1,
+    sequence: int | Sequence[int] = 128,
+    adapter_file: Path_ | None = None,
+    provider: str = "cpu",
+    threads: int = 0,
     seconds: float = 20.0,
-    margin: float = 0.02,
+    processes: int = 4,
+    margin: float | None = None,
+    csv_file: Path_ | None = None,
+    plot: Path_ | None = None,
+    progress: Progress | None = None,
 ) -> list[dict[str, Any]]:
     """Latency of each model against the first, in interleaved pairs.
 
     Args:
-        models: ``.onnx`` files that take the same inputs.
+        models: Files that take the same inputs.
         inputs_file: ``.npz`` of inputs by name; seeded random ones when None.
-        batch, sequence: Sizes of the dynamic axes.
+        batch, sequence: Sizes of the dynamic axes, one or several.
+        adapter_file: An ``.onnx_adapter`` to have active in the models with switchable sites.
+        provider: What runs the models.
         threads: Threads inside one operator.
-        seconds: Time to spend per pair.
+        seconds: Time to spend per pair, over all ``processes``.
+        processes: Processes to measure in, one after the other.
         margin: Ratios inside 1 ± margin count as equal.
+        csv_file, plot: Files to write the rows and a picture of them to.
+        progress: Told what is going on; None is silent.
 
     Returns:
-        A row a model: model, median_ms, ratio, interval, noise_floor, margin, verdict.
+        A row for each setting and model: see :func:`loracc.bench_grid.bench_models`.
     """
-    from loracc.verify_latency import bench_models
+    from loracc.bench_files import PLOT_ENDINGS, bench_csv, write_plot
+    from loracc.bench_grid import BenchOptions, bench_models
+    from loracc.report import check_reports, write_text
 
-    return bench_models(
-        [Path(model) for model in models],
+    inputs = [Path(model) for model in models]
+    check_reports([csv_file] if csv_file else [], inputs, endings=())
+    check_reports([plot] if plot else [], inputs, endings=PLOT_ENDINGS)
+    options = BenchOptions(
         inputs_file=inputs_file,
-        batch=batch,
-        sequence=sequence,
+        batches=(batch,) if isinstance(batch, int) else batch,
+        sequences=(sequence,) if isinstance(sequence, int) else sequence,
+        adapter_file=adapter_file,
+        provider=provider,
         threads=threads,
         seconds=seconds,
+        processes=processes,
         margin=margin,
     )
+    rows = bench_models(inputs, options, progress)
+    if csv_file:
+        write_text(csv_file, bench_csv(rows))
+    if plot:
+        write_plot(rows, plot)
+    return rows
 
 
 def _load(path: Path_, load: dict[str, Any], *, graph: bool) -> BaseModel:

@@ -28,6 +28,7 @@ __all__ = [
     "print_verification",
     "write_junit",
     "write_report",
+    "write_text",
 ]
 
 _STYLE = {"pass": "green", "fail": "bold red", "inconclusive": "yellow", "skipped": "dim"}
@@ -114,17 +115,22 @@ def _evidence(name: str, check: dict[str, Any]) -> str:
 
 
 def print_bench(rows: list[dict[str, Any]], console: Console) -> None:
-    """One row a model, against the first."""
+    """One row a model, against the first, in each setting."""
+    settings = len({(row.get("batch"), row.get("sequence")) for row in rows}) > 1
     table = Table(box=None, pad_edge=False)
-    for column in ("model", "median ms", "ratio", "95 % interval", "verdict"):
+    size = ["batch", "sequence"] if settings else []
+    for column in ("model", *size, "median ms", "ratio", "95 % interval", "verdict"):
         table.add_column(column, justify="left" if column in ("model", "verdict") else "right", overflow="fold")
     for row in rows:
         low, high = row["interval"]
+        word = row["verdict"] if row["comparison"] == "equal" else f"{row['verdict']} ({row['comparison']})"
         table.add_row(
-            row["model"], f"{row['median_ms']:.3f}", f"{row['ratio']:.4f}", f"[{low:.4f}, {high:.4f}]",
-            Text(row["verdict"], style=_STYLE.get(row["verdict"], "")),
+            row["model"], *(str(row[name]) for name in size), f"{row['median_ms']:.3f}", f"{row['ratio']:.4f}",
+            f"[{low:.4f}, {high:.4f}]", Text(word, style=_STYLE.get(row["verdict"], "")),
         )  # fmt: skip
     console.print(table)
+    for reason in dict.fromkeys(row["reason"] for row in rows if row["verdict"] == "inconclusive"):
+        console.print(Text(reason))
 
 
 def print_extraction(result: ExtractResult, console: Console) -> None:
@@ -173,15 +179,15 @@ def print_inspection(found: dict[str, Any], console: Console, *, sites: bool = F
             console.print(Text(f"... and {len(rows) - _SHOWN} more (--sites or --json lists all)"))
 
 
-def check_reports(paths: Sequence[str | Path], others: Sequence[Path], *, ending: str = ".json") -> None:
+def check_reports(paths: Sequence[str | Path], others: Sequence[Path], *, endings: Sequence[str] = (".json",)) -> None:
     """Refuse reports that cannot be written, or that would replace a part of ``others``, before any work is done.
 
     Raises:
         InputError: The ending is another, the folder is missing or not writable, or the path is an input or the output.
     """
     for path in map(Path, paths):
-        if ending and path.suffix.lower() != ending:
-            raise InputError(f"{path}: reports are written as {ending}.", hint=f"Name it REPORT{ending}.")
+        if endings and path.suffix.lower() not in endings:
+            raise InputError(f"{path}: written as {' or '.join(endings)}.", hint=f"Name it {path.stem}{endings[0]}.")
         if path.is_dir() or not os.access(path.absolute().parent, os.W_OK | os.X_OK):
             raise InputError(f"{path}: cannot be written: its folder is missing or not writable, or it is a folder.")
         here = path.resolve()
@@ -196,7 +202,7 @@ def write_report(body: dict[str, Any], path: str | Path) -> None:
     Raises:
         InputError: The file cannot be written.
     """
-    _write(Path(path), json.dumps(body, indent=2) + "\n")
+    write_text(Path(path), json.dumps(body, indent=2) + "\n")
 
 
 def write_junit(body: dict[str, Any], path: str | Path) -> None:
@@ -220,10 +226,16 @@ def write_junit(body: dict[str, Any], path: str | Path) -> None:
             ElementTree.SubElement(case, "skipped", message=_evidence(name, check))
         ElementTree.SubElement(case, "system-out").text = json.dumps(check, indent=2)
     ElementTree.indent(suite)
-    _write(Path(path), ElementTree.tostring(suite, encoding="unicode", xml_declaration=True) + "\n")
+    write_text(Path(path), ElementTree.tostring(suite, encoding="unicode", xml_declaration=True) + "\n")
 
 
-def _write(path: Path, text: str) -> None:
+def write_text(path: str | Path, text: str) -> None:
+    """Write a file whole or not at all.
+
+    Raises:
+        InputError: The file cannot be written.
+    """
+    path = Path(path)
     aside = path.with_name(f".{path.name}.tmp")
     try:
         aside.write_text(text, encoding="utf-8")

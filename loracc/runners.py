@@ -1,11 +1,14 @@
 """Running a model: inputs by name to outputs by name, behind one small protocol.
 
-Judging is elsewhere (``verify_*``): a runner neither compares nor has tolerances.
+Judging is elsewhere (``verify_*``): a runner neither compares nor has tolerances. A runner for another runtime or
+device is a class with the three members of :class:`Runner` and a line in :data:`RUNNERS`.
 """
 
 from __future__ import annotations
 
+import importlib
 import os
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,7 +21,7 @@ from loracc.dtypes import Array
 from loracc.errors import InputError, require
 from loracc.tensors import dims
 
-__all__ = ["OnnxRunner", "RunError", "Runner", "onnxruntime"]
+__all__ = ["RUNNERS", "OnnxRunner", "RunError", "Runner", "TimedCall", "onnxruntime", "open_runner", "wall_clock"]
 
 #: Weights up to this many bytes stay in the model's own bytes: shapes and axes must be readable when it is loaded.
 _INLINE_BYTES = 1 << 10
@@ -28,6 +31,12 @@ _QUIET = 3  # errors only
 
 class RunError(InputError):
     """The runtime refused the model or the inputs."""
+
+
+#: ``call(repeats)`` runs the model so many times with inputs that were handed over before, and returns the seconds that
+#: all of them took on the device: a wall clock stopped after the last result is there, or events on the device's own
+#: stream. Copies between host and device are not in it.
+TimedCall = Callable[[int], float]
 
 
 class Runner(Protocol):
@@ -42,6 +51,58 @@ class Runner(Protocol):
         Raises:
             RunError: The runtime refused the inputs.
         """
+
+    def timed(self, inputs: Mapping[str, Array]) -> TimedCall:
+        """A call for the clock; inputs that the model has not are ignored.
+
+        Raises:
+            RunError: The runtime refused the inputs.
+        """
+
+
+#: What ``--provider`` may be -> "module:callable", called with (path, threads=..., adapter=...) and returning a
+#: :class:`Runner`. ``adapter`` is an ``.onnx_adapter`` to have active, or None; a runner that cannot refuses.
+RUNNERS = {
+    "cpu": "loracc.runners:timed_on_cpu",
+    "cuda": "loracc.runners:timed_on_cuda",
+}
+
+
+def open_runner(path: Path, provider: str = "cpu", *, threads: int = 0, adapter: Path | None = None) -> Runner:
+    """The runner that a provider's name stands for, on a model's file.
+
+    Raises:
+        InputError: No such provider.
+        RunError: Its runtime does not load the model.
+        MissingExtraError: Its runtime is not installed.
+    """
+    if provider not in RUNNERS:
+        raise InputError(f"no provider {provider!r}.", hint=f"Choose one of {', '.join(RUNNERS)}.")
+    module, _, name = RUNNERS[provider].partition(":")
+    runner: Runner = getattr(importlib.import_module(module), name)(path, threads=threads, adapter=adapter)
+    return runner
+
+
+def timed_on_cpu(path: Path, *, threads: int = 0, adapter: Path | None = None) -> OnnxRunner:
+    """ONNX Runtime on the CPU, its idle threads asleep: several sessions are timed in turn."""
+    return OnnxRunner(path, provider="cpu", threads=threads, spin=False, adapter=adapter)
+
+
+def timed_on_cuda(path: Path, *, threads: int = 0, adapter: Path | None = None) -> OnnxRunner:
+    """ONNX Runtime on CUDA."""
+    return OnnxRunner(path, provider="cuda", threads=threads, spin=False, adapter=adapter)
+
+
+def wall_clock(once: Callable[[], None]) -> TimedCall:
+    """A timed call of something that returns when its result is there."""
+
+    def timed(repeats: int) -> float:
+        start = time.perf_counter()
+        for _ in range(repeats):
+            once()
+        return time.perf_counter() - start
+
+    return timed
 
 
 def onnxruntime() -> Any:
@@ -66,6 +127,7 @@ class OnnxRunner:
         optimize: Whether the runtime may rewrite the graph.
         save_optimized: Where to write the graph that the optimizer made, as far as it does not depend on this machine.
         spin: Idle threads wait busily. Off when several sessions are timed in turn: one's threads would slow the other.
+        adapter: An ``.onnx_adapter`` that is active in every run.
 
     Raises:
         MissingExtraError: onnxruntime is not installed.
@@ -81,6 +143,7 @@ class OnnxRunner:
         optimize: bool = True,
         save_optimized: Path | None = None,
         spin: bool = True,
+        adapter: Path | None = None,
     ) -> None:
         ort = onnxruntime()
         self.name = f"onnxruntime {ort.__version__} {provider}"
@@ -107,6 +170,7 @@ class OnnxRunner:
             raise RunError(f"onnxruntime {ort.__version__} does not load the model: {_first_line(error)}") from error
         self.inputs = [value.name for value in self._session.get_inputs()]
         self.outputs = [value.name for value in self._session.get_outputs()]
+        self._adapter, self._run_options = _activated(ort, adapter)
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         ort = onnxruntime()
@@ -115,7 +179,7 @@ class OnnxRunner:
             raise RunError(f"no value for the model's inputs {', '.join(missing)}.", hint="Give them with --inputs.")
         feeds = {name: _ort_value(ort, inputs[name]) for name in self.inputs}
         try:
-            results = self._session.run_with_ort_values(self.outputs, feeds)
+            results = self._session.run_with_ort_values(self.outputs, feeds, self._run_options)
         except Exception as error:  # as above
             raise RunError(f"onnxruntime {ort.__version__} does not run the model: {_first_line(error)}") from error
         return {name: _array(value) for name, value in zip(self.outputs, results, strict=True)}
@@ -124,12 +188,16 @@ class OnnxRunner:
         """A call that only runs: inputs handed over before, outputs left to the runtime. For timing."""
         ort = onnxruntime()
         feeds = {name: _ort_value(ort, inputs[name]) for name in self.inputs}
-        session, outputs = self._session, self.outputs
+        session, outputs, options = self._session, self.outputs, self._run_options
 
         def once() -> None:
-            session.run_with_ort_values(outputs, feeds)
+            session.run_with_ort_values(outputs, feeds, options)
 
         return once
+
+    def timed(self, inputs: Mapping[str, Array]) -> TimedCall:
+        self.run(inputs)  # what the runtime refuses is said before the clock runs
+        return wall_clock(self.prepared(inputs))
 
     def _hand_over(self, model: ir.Model, options: Any) -> bytes:
         """The graph's bytes without its large weights, which go into the options."""
@@ -160,6 +228,20 @@ class OnnxRunner:
         if names:
             options.add_external_initializers(names, self._held)
         return bytes(data)
+
+
+def _activated(ort: Any, adapter: Path | None) -> tuple[Any, Any]:
+    """The adapter, which must outlive the runs, and run options that have it active."""
+    if adapter is None:
+        return None, None
+    loaded = ort.LoraAdapter()
+    try:
+        loaded.Load(str(adapter))
+    except Exception as error:  # onnxruntime's exceptions have no common base of their own
+        raise RunError(f"{adapter}: onnxruntime does not load the adapter: {_first_line(error)}") from error
+    options = ort.RunOptions()
+    options.add_active_adapter(loaded)
+    return loaded, options
 
 
 def session_options(*, threads: int = 0, optimize: bool = True) -> Any:

@@ -261,32 +261,42 @@ class Latency:
 
     Attributes:
         verdict: pass: the interval lies inside 1 ± margin; fail: wholly above it; inconclusive: neither.
-        ratio: Median of the paired ratios output/base.
-        interval: Its bootstrap 95 % interval.
-        noise_floor: The half width of the same interval for base against base, around 1.
+        ratio: Median of the paired ratios output/base, averaged over the processes.
+        interval: Its bootstrap 95 % interval, which decides.
+        interval_90: The 90 % one: two one-sided tests at 5 %. It decides nothing.
+        noise_ratio, noise_interval: The same for a second copy of the base against the base.
+        noise_floor: How far from 1 that interval reaches.
         margin: What counts as equal.
         would_pass_at: The margin that would have passed.
         pairs: Pairs measured.
+        processes: In how many processes.
         more_pairs: Estimated number of further pairs that a verdict needs; None when there is one.
         base_ms, output_ms: Median times.
         runner: What ran them.
+        samples, noise_samples: Per process some of the pairs (base, output) and (base, base) in milliseconds.
     """
 
     verdict: Verdict
     reason: str = ""
     ratio: float | None = None
     interval: tuple[float, float] | None = None
+    interval_90: tuple[float, float] | None = None
+    noise_ratio: float | None = None
+    noise_interval: tuple[float, float] | None = None
     noise_floor: float | None = None
     margin: float | None = None
     would_pass_at: float | None = None
     pairs: int = 0
+    processes: int = 0
     more_pairs: int | None = None
     base_ms: float | None = None
     output_ms: float | None = None
     runner: str = ""
+    samples: tuple[tuple[tuple[float, float], ...], ...] = ()
+    noise_samples: tuple[tuple[tuple[float, float], ...], ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        return {**vars(self), "interval": list(self.interval) if self.interval else None}
+        return dict(vars(self))
 
 
 @dataclass(frozen=True)

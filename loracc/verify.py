@@ -70,7 +70,7 @@ def verify(
         end_to_end = check_end_to_end(base, made, _runnable(made), match, bindings, options)
     else:
         end_to_end = EndToEnd("skipped", "not asked for")
-    return Verification(Numbers(weights, end_to_end), structure, _latency(base, made, options, traced=traced))
+    return Verification(Numbers(weights, end_to_end), structure, _latency(base, made, options, progress, traced=traced))
 
 
 def _load(path: Path, base: BaseModel) -> BaseModel:
@@ -140,11 +140,13 @@ def _runnable(out: BaseModel) -> Path | None:
     return out.path if out.format == "onnx" and out.path.is_file() else None
 
 
-def _latency(base: BaseModel, out: BaseModel, options: VerifyOptions, *, traced: bool) -> Latency:
+def _latency(
+    base: BaseModel, out: BaseModel, options: VerifyOptions, progress: Progress | None, *, traced: bool
+) -> Latency:
     if not options.latency:
         return Latency("skipped", "not asked for: --latency")
     if not traced:
         return Latency("skipped", "a checkpoint has no graph to run")
     from loracc.verify_latency import check_latency
 
-    return check_latency(base, out, _runnable(base), _runnable(out), options)
+    return check_latency(base, out, _runnable(base), _runnable(out), options, progress)

@@ -32,8 +32,9 @@ class VerifyOptions:
         optimized_bytes: Largest model whose graph is also compared after the runtime's optimizer.
         provider, threads: Of the runtime.
         latency: Compare latency too.
-        margin: Latency ratios inside 1 ± this are equal.
-        seconds: Time to spend on latency.
+        margin: Latency ratios inside 1 ± this are equal; the provider's when None (2 % on a CPU, 1 % on a device).
+        seconds: Time to spend on latency, all processes together.
+        processes: In how many processes latency is measured, one after the other.
     """
 
     inputs: Mapping[str, Array] = field(default_factory=dict)
@@ -49,5 +50,6 @@ class VerifyOptions:
     provider: str = "cpu"
     threads: int = 0
     latency: bool = False
-    margin: float = 0.02
+    margin: float | None = None
     seconds: float = 30.0
+    processes: int = 4

@@ -7,43 +7,54 @@ from typing import Any
 
 import click
 
-from loracc.commands.options import console, output_options
+from loracc.commands.options import console, output_options, timing_options
 
 __all__ = ["bench"]
 
 _EPILOG = """\b
 Examples:
   loracc bench base.onnx folded.onnx
-  loracc bench base.onnx folded.onnx unfolded.onnx --batch 1 --sequence 128 --threads 2"""
+  loracc bench base.onnx folded.onnx unfolded.onnx --batch 1,8 --sequence 16,128 --csv grid.csv --plot grid.svg
+  loracc bench base.onnx switchable.onnx --adapter-file style.onnx_adapter"""
+
+
+def _sizes(_context: click.Context, option: click.Parameter, text: str) -> tuple[int, ...]:
+    """``1`` or ``1,8``."""
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isdecimal() and int(word) for word in words):
+        raise click.BadParameter(f"{text!r}: expected sizes with commas between, as in 1,8.")
+    return tuple(dict.fromkeys(map(int, words)))
 
 
 @click.command(epilog=_EPILOG)
 @click.argument("models", nargs=-1, required=True, type=click.Path(), metavar="A.onnx B.onnx [...]")
 @click.option("--inputs", "inputs_file", metavar="FILE.npz", type=click.Path(), help="Inputs to time with, by name.")
-@click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Size of the dynamic batch axis.")
 @click.option(
-    "--sequence", type=click.IntRange(1), default=128, show_default=True, help="Size of the dynamic sequence axis."
-)
-@click.option("--threads", type=click.IntRange(1), default=2, show_default=True, help="Threads inside one operator.")
+    "--batch", default="1", show_default=True, callback=_sizes, metavar="N[,N...]",
+    help="Sizes of the dynamic batch axis.",
+)  # fmt: skip
 @click.option(
-    "--seconds", type=click.FloatRange(0.5), default=20.0, show_default=True, help="Time to spend per pair of models."
-)
+    "--sequence", default="128", show_default=True, callback=_sizes, metavar="N[,N...]",
+    help="Sizes of the dynamic sequence axis.",
+)  # fmt: skip
 @click.option(
-    "--margin",
-    type=click.FloatRange(0.0001, 1.0),
-    default=0.02,
-    show_default=True,
-    help="Ratios inside 1 ± this count as equal.",
-)
+    "--adapter-file", metavar="FILE.onnx_adapter", type=click.Path(),
+    help="Have this adapter active in the models with switchable sites.",
+)  # fmt: skip
+@timing_options(seconds=20.0)
+@click.option("--csv", "csv_file", metavar="FILE", type=click.Path(), help="Write the rows as CSV.")
+@click.option("--plot", metavar="FILE.svg|png", type=click.Path(), help="Draw the ratios with their intervals.")
 @output_options
 def bench(models: tuple[str, ...], as_json: bool, quiet: bool, **values: Any) -> None:
     """Compare the latency of models that take the same inputs, each with the first, in interleaved pairs."""
     from loracc import pipeline, report
+    from loracc.progress import progress_for
 
     if len(models) < 2:
         raise click.UsageError("bench compares models: name at least two.")
     out = console(as_json=as_json, quiet=quiet)
-    rows = pipeline.bench(models, **values)
+    with progress_for(quiet=quiet) as progress:
+        rows = pipeline.bench(models, progress=progress, **values)
     report.print_bench(rows, out)
     if as_json:
         click.echo(json.dumps(rows))

@@ -10,7 +10,15 @@ import click
 from loracc.combine_methods import METHODS
 from loracc.tasks import TASKS
 
-__all__ = ["adapter_options", "base_option", "combine_options", "console", "model_options", "output_options"]
+__all__ = [
+    "adapter_options",
+    "base_option",
+    "combine_options",
+    "console",
+    "model_options",
+    "output_options",
+    "timing_options",
+]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -174,6 +182,42 @@ def output_options(command: F) -> F:
     ):
         command = option(command)
     return command
+
+
+def timing_options(*, seconds: float) -> Callable[[F], F]:
+    """How to measure latency."""
+
+    def decorate(command: F) -> F:
+        for option in reversed(
+            (
+                click.option(
+                    "--provider",
+                    default="cpu",
+                    show_default=True,
+                    help="What runs the models: cpu, cuda, ...",
+                ),
+                click.option(
+                    "--threads", type=click.IntRange(0), default=0, show_default=True,
+                    help="Threads inside one operator; 0 is the runtime's own choice.",
+                ),
+                click.option(
+                    "--seconds", type=click.FloatRange(0.1), default=seconds, show_default=True,
+                    help="Time to spend on measuring, per pair of models.",
+                ),
+                click.option(
+                    "--processes", type=click.IntRange(1, 64), default=4, show_default=True,
+                    help="Measure in so many processes in turn, every second one with the load order swapped.",
+                ),
+                click.option(
+                    "--margin", type=click.FloatRange(0.0001, 1.0),
+                    help="Ratios inside 1 ± this count as equal (default: 0.02 on a CPU, 0.01 on a device).",
+                ),
+            )
+        ):  # fmt: skip
+            command = option(command)
+        return command
+
+    return decorate
 
 
 def console(*, as_json: bool, quiet: bool) -> Any:

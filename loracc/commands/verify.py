@@ -14,6 +14,7 @@ from loracc.commands.options import (
     console,
     model_options,
     output_options,
+    timing_options,
 )
 
 __all__ = ["verify"]
@@ -43,13 +44,7 @@ Exit code 0 when every check passed, 1 when one said no, 2 when the call or a fi
 @combine_options
 @model_options
 @click.option("--latency/--no-latency", default=False, help="Also compare latency with the base (takes a while).")
-@click.option(
-    "--margin",
-    type=click.FloatRange(0.0001, 1.0),
-    default=0.02,
-    show_default=True,
-    help="Latency ratios inside 1 ± this count as equal.",
-)
+@timing_options(seconds=30.0)
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the sampled inputs, and of --combine.")
 @click.option(
     "--report",
