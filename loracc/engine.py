@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loracc.errors import InputError
 
 if TYPE_CHECKING:
+    from loracc.adapter import Adapter
     from loracc.folded import Binding
     from loracc.model import BaseModel
-    from loracc.targets.tensorrt_module import TensorRT
 
-__all__ = ["EngineResult", "build_trt", "manifest_name"]
+__all__ = ["EngineResult", "build_trt", "check_engine_name", "load_onnx", "whole_weights"]
 
 Path_ = str | Path
 
@@ -31,7 +29,7 @@ class EngineResult:
         flavor, version: Which TensorRT built it.
         bytes: Size of the plan.
         sites: Names of the weights that were folded.
-        manifest: What the manifest says.
+        manifest: What the manifest says, without its table of weights.
     """
 
     output: str
@@ -45,11 +43,6 @@ class EngineResult:
     def to_json(self) -> dict[str, Any]:
         """For ``--json``."""
         return dict(vars(self))
-
-
-def manifest_name(engine: Path) -> str:
-    """Name of the manifest beside an engine."""
-    return f"{engine.name}.json"
 
 
 def build_trt(
@@ -66,8 +59,8 @@ def build_trt(
     strip: bool = False,
     refittable: str = "none",
     timing_cache: Path_ | None = None,
-    maps: Sequence[str] = (),
     original: Path_ | None = None,
+    maps: Sequence[str] = (),
     force: bool = False,
     **options: Any,
 ) -> EngineResult:
@@ -86,28 +79,29 @@ def build_trt(
         strip: Leave the weights out of the plan.
         refittable: "none", "adapter" (the folded weights) or "all".
         timing_cache: Read if it is there, and written: the same tactics for the next build.
-        maps, original, options: As for :func:`loracc.fold`.
+        original, maps, options: As for :func:`loracc.fold`.
         force: Replace the output.
 
     Raises:
         LoraccError: The input or the call is wrong, or TensorRT builds nothing, with its own last messages.
     """
+    from loracc.binding import read_adapters
+    from loracc.devices import gpu_name
     from loracc.formats import parse_adapter_spec
     from loracc.staging import Staging
     from loracc.targets.tensorrt_engine import BuildOptions, build_plan
+    from loracc.targets.tensorrt_manifest import describe, manifest_name
     from loracc.targets.tensorrt_module import load_flavor
     from loracc.targets.tensorrt_profiles import parse_profiles
 
-    path = Path(output)
-    if path.suffix.lower() not in (".engine", ".plan"):
-        raise InputError(
-            f"{output or 'no output'}: an engine's name ends in .engine or .plan.", hint="Name it with -o."
-        )
+    path = check_engine_name(output)
     specs = [parse_adapter_spec(str(adapter)) for adapter in adapters]
     inputs = [Path(model), *(Path(spec.path) for spec in specs)]
+    cache = _read_cache(timing_cache, [*inputs, path])
     with Staging(path, inputs=inputs, force=force, companions=(manifest_name(path),)) as stage:
         trt = load_flavor(flavor)
-        lowered, bindings = _folded(model, specs, maps, original, options)
+        read = read_adapters(specs, options, combine=None, density=None, rank=None, seed=0)
+        lowered, bindings = _folded(load_onnx(model), read, maps, original)
         told = BuildOptions(
             tf32,
             workspace,
@@ -115,70 +109,96 @@ def build_trt(
             version_compatible,
             strip,
             refittable,
-            sorted({binding.site.initializer for binding in bindings}),
-            _read(timing_cache),
+            tuple(sorted({binding.site.initializer for binding in bindings})),
+            cache,
         )
         shapes = parse_profiles(profiles, lowered.ir.graph.inputs)
         plan = build_plan(trt, lowered.ir, shapes, told)
         stage.path.write_bytes(plan.data)
-        manifest = _manifest(trt, plan.data, shapes, told, lowered)
-        stage.path.with_name(manifest_name(path)).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+        manifest = describe(
+            plan.data,
+            lowered.ir,
+            flavor=trt.flavor,
+            version=trt.version,
+            gpu=gpu_name(),
+            model=Path(model).name,
+            adapters=_described(read),
+            sites=[binding.site.name for binding in bindings],
+            profiles=shapes,
+            options={key: value for key, value in vars(told).items() if key != "timing_cache"},
+        )
+        manifest.write(stage.path.with_name(manifest_name(path)))
     if timing_cache is not None:
         Path(timing_cache).write_bytes(plan.timing_cache)
-    sites = [binding.site.name for binding in bindings]
-    return EngineResult(str(path), stage.files, trt.flavor, trt.version, len(plan.data), sites, manifest)
+    said = replace(manifest, weights={}).to_json()
+    return EngineResult(str(path), stage.files, trt.flavor, trt.version, len(plan.data), list(manifest.sites), said)
 
 
-def _folded(
-    model: Path_, specs: Sequence[Any], maps: Sequence[str], original: Path_ | None, options: dict[str, Any]
-) -> tuple[BaseModel, list[Binding]]:
-    from loracc.binding import bind_adapters
-    from loracc.formats import load_adapter
-    from loracc.lower import lower
+def check_engine_name(output: Path_) -> Path:
+    """The path of an engine to be written.
+
+    Raises:
+        InputError: Its name is not an engine's.
+    """
+    path = Path(output)
+    if path.suffix.lower() not in (".engine", ".plan"):
+        raise InputError(
+            f"{output or 'no output'}: an engine's name ends in .engine or .plan.", hint="Name it with -o."
+        )
+    return path
+
+
+def load_onnx(model: Path_) -> BaseModel:
+    """An ``.onnx`` file, and nothing else.
+
+    Raises:
+        InputError: It is another kind of file.
+    """
     from loracc.model import LoadOptions
     from loracc.sources import load_model, sniff
 
     if sniff(model) != "onnx":
         raise InputError(
-            f"{model}: build-trt takes an .onnx file.", hint=f"Make one first: loracc fold {model} ADAPTER -o OUT.onnx"
+            f"{model}: TensorRT takes an .onnx file.", hint=f"Make one first: loracc fold {model} ADAPTER -o OUT.onnx"
         )
-    loaded = load_model(model, LoadOptions())
-    if not specs:
-        return loaded, []
-    read = [load_adapter(spec.path, name=spec.name, **options).scaled(spec.weight) for spec in specs]
-    loaded, bound = bind_adapters(loaded, read, maps, False, original)
-    return lower(loaded), list(bound.bindings)
+    return load_model(model, LoadOptions())
 
 
-def _read(path: Path_ | None) -> bytes | None:
+def _folded(
+    model: BaseModel, adapters: Sequence[Adapter], maps: Sequence[str], original: Path_ | None
+) -> tuple[BaseModel, list[Binding]]:
+    from loracc.binding import bind_adapters
+    from loracc.lower import lower
+
+    if not adapters:
+        if original is not None or maps:
+            raise InputError("--base and --map find the weights that an adapter is for, and no adapter was given.")
+        return model, []
+    model, bound = bind_adapters(model, adapters, maps, False, original)
+    return whole_weights(lower(model)), list(bound.bindings)
+
+
+def whole_weights(model: BaseModel) -> BaseModel:
+    """``model`` with every fold computed, once: the builder needs them all, and so does the manifest."""
+    import onnx_ir as ir
+
+    from loracc.folded import FoldedTensor
+
+    for name, value in model.ir.graph.initializers.items():
+        if isinstance(value.const_value, FoldedTensor):
+            value.const_value = ir.Tensor(value.const_value.numpy(), dtype=value.const_value.dtype, name=name)
+    return model
+
+
+def _described(adapters: Sequence[Adapter]) -> list[str]:
+    return [f"{adapter.name} {adapter.format} sha256:{adapter.digest}" for adapter in adapters]
+
+
+def _read_cache(path: Path_ | None, others: Sequence[Path]) -> bytes | None:
+    """What an earlier build left; empty to begin one, None without."""
     if path is None:
         return None
-    return Path(path).read_bytes() if Path(path).is_file() else b""
-
-
-def _manifest(trt: TensorRT, plan: bytes, profiles: Sequence[Any], options: Any, model: BaseModel) -> dict[str, Any]:
-    """What an engine was built from and with; a plan runs code, so its digest is what a loader checks first."""
-    from loracc import __version__
-    from loracc.targets.onnx_file import graph_bytes, initializers
-    from loracc.tensors import dims
-
-    import onnx_ir as ir  # isort: skip
-
-    masked = {
-        value: ir.ExternalTensor(
-            "masked", 0, tensor.nbytes, tensor.dtype, shape=ir.Shape(dims(tensor)), name=str(value.name)
-        )
-        for value in initializers(model.ir)
-        if (tensor := value.const_value) is not None and tensor.dtype != ir.DataType.STRING
-    }
-    graph = graph_bytes(model.ir, masked, Path("graph"))
-    told = {key: value for key, value in vars(options).items() if key != "timing_cache"}
-    return {
-        "loracc": __version__,
-        "flavor": trt.flavor,
-        "version": trt.version,
-        "plan_sha256": hashlib.sha256(plan).hexdigest(),
-        "graph_sha256": hashlib.sha256(graph).hexdigest(),
-        "profiles": list(profiles),
-        "options": {key: list(value) if isinstance(value, tuple | list) else value for key, value in told.items()},
-    }
+    cache = Path(path)
+    if cache.is_dir() or not cache.parent.is_dir() or cache in others:
+        raise InputError(f"--timing-cache {path}: not a file that can be written.", hint="Name a file of its own.")
+    return cache.read_bytes() if cache.is_file() else b""

@@ -179,15 +179,18 @@ def verify(
         LoraccError: The input or the call is wrong. A check that says no raises nothing: see ``verdict``.
     """
     from loracc.formats import parse_adapter_spec
-    from loracc.report import check_reports, write_junit, write_report
+    from loracc.report import check_reports
     from loracc.targets import target_for
     from loracc.verify import VerifyOptions
     from loracc.verify import verify as judge
+    from loracc.verify_plans import are_plans, verify_plans
 
-    graph = target_for(output).needs_graph
     check_reports(reports, [Path(base), Path(output)])
     if junit is not None:
         check_reports([junit], [Path(base), Path(output)], endings=())
+    if are_plans(base, output, adapters):
+        return _reported(verify_plans(Path(base), Path(output), latency=latency), reports, junit)
+    graph = target_for(output).needs_graph
     load, told = _split(options)
     loaded = _load(base, load, graph=graph)
     made = _load(output, {}, graph=graph)
@@ -204,6 +207,13 @@ def verify(
         processes=processes,
     )
     result = judge(loaded, made, bound.bindings, judging, progress)
+    return _reported(result, reports, junit)
+
+
+def _reported(result: Verification, reports: Sequence[Path_], junit: Path_ | None) -> Verification:
+    """``result``, written to the files that were asked for."""
+    from loracc.report import write_junit, write_report
+
     for path in reports:
         write_report(result.to_json(), path)
     if junit is not None:

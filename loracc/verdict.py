@@ -236,6 +236,7 @@ class Structure:
         optimized: Verdict on the graphs after the runtime's optimizer.
         optimized_reason: Why that failed or was skipped.
         optimized_nodes: Nodes after it.
+        compared: What was compared, where it was no graph.
     """
 
     verdict: Verdict
@@ -246,11 +247,11 @@ class Structure:
     optimized: Verdict = "skipped"
     optimized_reason: str = ""
     optimized_nodes: int | None = None
+    compared: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        compared = (
-            f"{self.nodes} nodes, isomorphic" if self.nodes else "the same tensors, in names, shapes, dtypes and order"
-        )
+        tensors = "the same tensors, in names, shapes, dtypes and order"
+        compared = self.compared or (f"{self.nodes} nodes, isomorphic" if self.nodes else tensors)
         summary = compared if self.verdict == "pass" else ""
         return {**vars(self), "differences": list(self.differences), "summary": summary}
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ import onnx_ir as ir
 
 from loracc.dtypes import Array
 from loracc.errors import InputError, UnsupportedError
+from loracc.targets.onnx_file import graph_bytes
 from loracc.targets.tensorrt_module import TensorRT
 from loracc.targets.tensorrt_profiles import Profile
 from loracc.tensors import dims
@@ -88,10 +90,9 @@ def build_plan(trt: TensorRT, model: ir.Model, profiles: Sequence[Profile], opti
         _mark(trt, network, options.marked)
     # TensorRT for RTX picks its tactics on the user's GPU: there a timing cache is a deprecated no-op.
     timed = trt.flavor != "rtx"
-    if timed:
-        config.set_timing_cache(config.create_timing_cache(options.timing_cache or b""), False)
+    cache = _use_cache(trt, config, options) if timed else None  # must outlive the build
     plan = builder.build_serialized_network(network, config)
-    del held
+    del parser, held, cache  # in this order
     if plan is None:
         raise UnsupportedError(trt.complaint("TensorRT built no engine."), hint=_hint(trt, options))
     return Plan(bytes(plan), bytes(config.get_timing_cache().serialize()) if timed else b"")
@@ -99,14 +100,25 @@ def build_plan(trt: TensorRT, model: ir.Model, profiles: Sequence[Profile], opti
 
 def _check(trt: TensorRT, options: BuildOptions, profiles: Sequence[Profile]) -> None:
     if options.timing_cache is not None and trt.flavor == "rtx":
-        raise InputError("--timing-cache: TensorRT for RTX has none; it picks its tactics on the user's GPU.")
+        raise InputError(
+            "--timing-cache: TensorRT for RTX has none; it picks its tactics on the user's GPU.",
+            hint="Leave the option out, or build with --flavor tensorrt.",
+        )
     if options.strip and options.refittable == "none":
         raise InputError(
             "--strip leaves the weights out of the engine, and without --refittable nothing can put them back.",
             hint="Add --refittable adapter or --refittable all.",
         )
     if options.refittable != "none" and len(profiles) > 1:
-        raise InputError(f"a refittable engine has at most one optimization profile, and {len(profiles)} were given.")
+        raise InputError(
+            f"a refittable engine has at most one optimization profile, and {len(profiles)} were given.",
+            hint="Give one --profile for each dynamic input, or build with --refittable none.",
+        )
+    if options.refittable == "adapter" and not options.marked:
+        raise InputError(
+            "--refittable adapter makes the adapter's weights refittable, and no adapter was given.",
+            hint="Name it with --adapter, or build with --refittable all.",
+        )
 
 
 def _parse(trt: TensorRT, parser: Any, model: ir.Model) -> list[Array]:
@@ -116,7 +128,7 @@ def _parse(trt: TensorRT, parser: Any, model: ir.Model) -> list[Array]:
         raise UnsupportedError(_parser_errors(trt, parser, "TensorRT's parser cannot read the graph."))
     held = []
     for name, tensor in weights.items():
-        array = np.ascontiguousarray(tensor.numpy())
+        array = _array(tensor)
         held.append(array)
         if not parser.load_initializer(name, array.ctypes.data, array.nbytes):
             raise UnsupportedError(_parser_errors(trt, parser, f"TensorRT refuses the weight {name!r}."))
@@ -129,18 +141,28 @@ def _parse(trt: TensorRT, parser: Any, model: ir.Model) -> list[Array]:
 
 
 def _skeleton(model: ir.Model) -> tuple[bytes, Mapping[str, ir.TensorProtocol]]:
-    """The serialized graph whose large weights are references to nowhere, and those weights."""
-    skeleton = model.clone()
+    """The serialized graph whose large weights are references to nowhere, and those weights.
+
+    Everything else is inside: the parser looks for no file. A subgraph's weights have no names of their own there.
+    """
     weights: dict[str, ir.TensorProtocol] = {}
-    for name, value in skeleton.graph.initializers.items():
+    places: dict[ir.Value, ir.TensorProtocol] = {}
+    for name, value in model.graph.initializers.items():
         tensor = value.const_value
         if tensor is None or tensor.nbytes < _SMALL_BYTES or tensor.dtype == ir.DataType.STRING:
             continue
         weights[name] = tensor
-        value.const_value = ir.ExternalTensor(
+        places[value] = ir.ExternalTensor(
             "handed-over-in-memory", 0, tensor.nbytes, tensor.dtype, shape=ir.Shape(dims(tensor)), name=name
         )
-    return bytes(ir.serde.serialize_model(skeleton).SerializeToString(deterministic=True)), weights
+    return graph_bytes(model, places, Path("the graph")), weights
+
+
+def _array(tensor: ir.TensorProtocol) -> Array:
+    """The bytes that the parser is to read; types of less than a byte are packed."""
+    if tensor.dtype.bitwidth < 8:
+        return np.frombuffer(tensor.tobytes(), np.uint8)
+    return np.ascontiguousarray(tensor.numpy())
 
 
 def _configure(trt: TensorRT, builder: Any, options: BuildOptions) -> Any:
@@ -151,6 +173,8 @@ def _configure(trt: TensorRT, builder: Any, options: BuildOptions) -> Any:
         "TF32": options.tf32,
         "VERSION_COMPATIBLE": options.version_compatible,
         "STRIP_PLAN": options.strip,
+        # A cache that is kept holds one tactic an operation, and the next build takes that one.
+        "EDITABLE_TIMING_CACHE": options.timing_cache is not None and trt.flavor != "rtx",
         # REFIT_IDENTICAL is undefined for other weights; STRIP_PLAN alone would set it in silence.
         "REFIT": options.refittable == "all",
         "REFIT_INDIVIDUAL": options.refittable == "adapter",
@@ -163,6 +187,16 @@ def _configure(trt: TensorRT, builder: Any, options: BuildOptions) -> Any:
     if options.optimization_level is not None:
         config.builder_optimization_level = options.optimization_level
     return config
+
+
+def _use_cache(trt: TensorRT, config: Any, options: BuildOptions) -> Any:
+    cache = config.create_timing_cache(options.timing_cache or b"")
+    if cache is None or not config.set_timing_cache(cache, False):
+        raise InputError(
+            trt.complaint("--timing-cache: TensorRT refuses it."),
+            hint="It is of another version or another GPU: remove it, and the next build writes a new one.",
+        )
+    return cache
 
 
 def _add_profile(trt: TensorRT, builder: Any, config: Any, shapes: Profile) -> None:

@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 
 from loracc.cli import run
 
-pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed: pip install 'loracc[rtx]'")
+pytestmark = pytest.mark.rtx
 
 IN, OUT, R = 64, 48, 4
 PROFILE = ["--profile", f"x:1x{IN}:4x{IN}:16x{IN}"]

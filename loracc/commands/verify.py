@@ -24,6 +24,7 @@ Examples:
   loracc verify model.pt2 out.onnx --adapter adapter/
   loracc verify hf_folder/ merged/ --adapter a/ --adapter b/@0.5 --json
   loracc verify base.onnx out.onnx --adapter adapter/ --latency --junit result.xml
+  loracc verify base.engine out.engine                  two TensorRT plans, outside their weights
 
 \b
 Exit code 0 when every check passed, 1 when one said no, 2 when the call or a file is wrong."""

@@ -1,0 +1,172 @@
+"""The manifest beside an engine: what it was built from and with, and where each weight lies in it.
+
+A plan runs code when it is loaded, so its digest is what a loader checks first: :func:`read_manifest` refuses a plan
+that has no manifest or is not the one described. That tells a foreign or damaged file apart; it is no signature.
+
+The builder stores most weights as they are. Where one lies in the plan, byte for byte, the manifest has its offset
+(``at``), which anyone can check against its ``sha256``; comparing two plans outside their weights needs no more.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from loracc.errors import InputError
+from loracc.targets.onnx_file import graph_bytes, initializers
+from loracc.targets.tensorrt_places import find_places
+from loracc.tensors import dims
+
+__all__ = ["Manifest", "WeightPlace", "describe", "manifest_name", "masked_graph", "read_manifest"]
+
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class WeightPlace:
+    """One initializer of the graph that an engine was built from.
+
+    Attributes:
+        dtype: "FLOAT16", ...
+        shape: Its shape.
+        sha256: Of its bytes.
+        nbytes: How many.
+        at: Offset in the plan; None where it is not stored as it is, or is too small to tell.
+    """
+
+    dtype: str
+    shape: Sequence[int]
+    sha256: str
+    nbytes: int
+    at: int | None
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What is in the file.
+
+    Attributes:
+        flavor, version: Which TensorRT built the plan.
+        gpu: On which GPU; None on a machine without one.
+        model: File name of the ONNX model.
+        plan_sha256, plan_bytes: Of the plan.
+        graph_sha256: Of the graph with its weights masked: equal for a base and its folded models.
+        adapters: name, format and digest of what was folded.
+        sites: Names of the folded sites.
+        profiles: Input name -> (min, opt, max), one mapping a profile.
+        options: What the builder was told.
+        weights: By initializer.
+        loracc: Version of loracc.
+    """
+
+    flavor: str
+    version: str
+    gpu: str | None
+    model: str
+    plan_sha256: str
+    plan_bytes: int
+    graph_sha256: str
+    adapters: Sequence[str]
+    sites: Sequence[str]
+    profiles: Sequence[Mapping[str, Any]]
+    options: Mapping[str, Any]
+    weights: Mapping[str, WeightPlace] = field(default_factory=dict)
+    loracc: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """As it is written."""
+        return {"format": _FORMAT, **asdict(self)}
+
+    def write(self, path: Path) -> None:
+        """Write it."""
+        path.write_text(json.dumps(self.to_json(), indent=2) + "\n", encoding="utf-8")
+
+    def refittable(self) -> set[str]:
+        """Names of the weights that can be replaced."""
+        which = self.options["refittable"]
+        return set(self.weights) if which == "all" else set(self.options["marked"]) if which == "adapter" else set()
+
+
+def manifest_name(engine: Path) -> str:
+    """Name of the manifest beside an engine."""
+    return f"{engine.name}.json"
+
+
+def masked_graph(model: ir.Model) -> str:
+    """sha256 of the graph with every weight's bytes left out."""
+    masked = {
+        value: ir.ExternalTensor(
+            "masked", 0, tensor.nbytes, tensor.dtype, shape=ir.Shape(dims(tensor)), name=str(value.name)
+        )
+        for value in initializers(model)
+        if (tensor := value.const_value) is not None and tensor.dtype != ir.DataType.STRING
+    }
+    bare = model.metadata_props.copy()
+    model.metadata_props.clear()  # says what was folded
+    try:
+        return hashlib.sha256(graph_bytes(model, masked, Path("graph"))).hexdigest()
+    finally:
+        model.metadata_props.update(bare)
+
+
+def describe(plan: bytes, graph: ir.Model, **said: Any) -> Manifest:
+    """The manifest of a plan and of the model that it was built from.
+
+    Args:
+        plan: The serialized engine.
+        graph: Its weights are read one after the other.
+        said: The fields of :class:`Manifest` that neither of them tells.
+    """
+    from loracc import __version__
+
+    tensors = {
+        str(name): tensor
+        for name, value in graph.graph.initializers.items()
+        if (tensor := value.const_value) is not None and tensor.dtype != ir.DataType.STRING
+    }
+    weights = {}
+    for name, (tensor, digest, at) in find_places(plan, tensors).items():
+        weights[name] = WeightPlace(tensor.dtype.name, dims(tensor), digest, int(tensor.nbytes), at)
+    return Manifest(
+        plan_sha256=hashlib.sha256(plan).hexdigest(),
+        plan_bytes=len(plan),
+        graph_sha256=masked_graph(graph),
+        weights=weights,
+        loracc=__version__,
+        **said,
+    )
+
+
+def read_manifest(engine: Path, plan: bytes) -> Manifest:
+    """The manifest of ``engine``, whose bytes are ``plan``.
+
+    Raises:
+        InputError: There is none, it is malformed, or it describes another plan.
+    """
+    path = engine.with_name(manifest_name(engine))
+    if not path.is_file():
+        raise InputError(
+            f"{engine}: no manifest {path.name} beside it. A plan runs code when it is loaded, so loracc reads "
+            "none that it did not build.",
+            hint="Build it with loracc build-trt, and move both files together.",
+        )
+    try:
+        body = json.loads(path.read_text(encoding="utf-8"))
+        if body.pop("format") != _FORMAT:
+            raise ValueError("another format")
+        weights = {name: WeightPlace(**place) for name, place in body.pop("weights").items()}
+        manifest = Manifest(**body, weights=weights)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: not a manifest that this loracc wrote: {error}.", hint="Build it again.") from error
+    if hashlib.sha256(plan).hexdigest() != manifest.plan_sha256:
+        raise InputError(
+            f"{engine}: not the plan that {path.name} describes: its sha256 is another.",
+            hint="The file is damaged, or was replaced. Build it again with loracc build-trt.",
+        )
+    return manifest

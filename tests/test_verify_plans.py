@@ -1,0 +1,159 @@
+"""``verify`` on two engines: bytes outside the weights, and what must not be compared."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import helper, numpy_helper
+from safetensors.numpy import save_file
+
+from loracc.cli import run
+
+pytestmark = pytest.mark.rtx
+
+N, R = 32, 2
+PROFILE = ["--profile", f"x:1x{N}:4x{N}:16x{N}"]
+
+
+def write_model(path: str, dtype: type[np.floating], *, equal: bool = False, external: bool = False) -> None:
+    """Two layers and a bias; with ``equal``, both weights are the same."""
+    rng = np.random.default_rng(0)
+    first, second = (rng.standard_normal((N, N)).astype(dtype) for _ in range(2))
+    weights = {"fc.weight": first, "head.weight": first if equal else second, "head.bias": second[0]}
+    kind = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+    graph = helper.make_graph(
+        [
+            helper.make_node("MatMul", ["x", "fc.weight"], ["h"], "/fc/MatMul"),
+            helper.make_node("Relu", ["h"], ["r"], "/Relu"),
+            helper.make_node("MatMul", ["r", "head.weight"], ["m"], "/head/MatMul"),
+            helper.make_node("Add", ["m", "head.bias"], ["y"], "/head/Add"),
+        ],
+        "mlp",
+        [helper.make_tensor_value_info("x", kind, ["batch", N])],
+        [helper.make_tensor_value_info("y", kind, ["batch", N])],
+        [numpy_helper.from_array(weight, name) for name, weight in weights.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    onnx.save(model, path, save_as_external_data=external, size_threshold=0, location=f"{path}.data")
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(1)
+    Path("adapter").mkdir()
+    config = {"peft_type": "LORA", "r": R, "lora_alpha": 4, "target_modules": ["fc"]}
+    Path("adapter/adapter_config.json").write_text(json.dumps(config))
+    shapes = {"A": (R, N), "B": (N, R)}
+    factors = {
+        f"base_model.model.fc.lora_{name}.weight": rng.standard_normal(shape).astype(np.float32)
+        for name, shape in shapes.items()
+    }
+    save_file(factors, "adapter/adapter_model.safetensors")
+    return tmp_path
+
+
+def build(*arguments: str) -> None:
+    assert run(["build-trt", *arguments, "--flavor", "rtx", "--quiet", "--force"]) == 0
+
+
+def verdict(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, dict[str, str]]:
+    capsys.readouterr()
+    code = run(["verify", *arguments, "--json"])
+    result = json.loads(capsys.readouterr().out)
+    return code, result["structure"] | {"numbers": result["numbers"]["verdict"]}
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_folding_changes_nothing_but_the_weight(
+    here: Path, capsys: pytest.CaptureFixture[str], dtype: type[np.floating]
+) -> None:
+    write_model("base.onnx", dtype, external=True)
+    build("base.onnx", "-o", "base.engine", *PROFILE)
+    build("base.onnx", "--adapter", "adapter", "-o", "out.engine", *PROFILE)
+    code, structure = verdict(capsys, "base.engine", "out.engine")
+    assert (code, structure["verdict"]) == (0, "pass")
+    assert "1 weights differ" in structure["summary"] and structure["summary"].endswith(" 0 outside")
+
+
+def test_a_byte_outside_the_weights_is_found(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The manifest is made to agree with the damaged plan: the comparison itself must see it."""
+    import hashlib
+
+    write_model("base.onnx", np.float32)
+    build("base.onnx", "-o", "base.engine", *PROFILE)
+    build("base.onnx", "--adapter", "adapter", "-o", "out.engine", *PROFILE)
+    plan = bytearray(Path("out.engine").read_bytes())
+    plan[100] ^= 1
+    Path("out.engine").write_bytes(plan)
+    assert run(["verify", "base.engine", "out.engine"]) == 2  # the digest
+    manifest = json.loads(Path("out.engine.json").read_text())
+    manifest["plan_sha256"] = hashlib.sha256(plan).hexdigest()
+    Path("out.engine.json").write_text(json.dumps(manifest))
+    code, structure = verdict(capsys, "base.engine", "out.engine")
+    assert (code, structure["verdict"]) == (1, "fail")
+    assert structure["reason"].startswith("1 bytes differ outside the weights") and "at 100" in structure["reason"]
+
+
+def test_a_lying_offset_is_found(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_model("base.onnx", np.float32)
+    build("base.onnx", "-o", "base.engine", *PROFILE)
+    build("base.onnx", "--adapter", "adapter", "-o", "out.engine", *PROFILE)
+    for name in ("base", "out"):
+        manifest = json.loads(Path(f"{name}.engine.json").read_text())
+        manifest["weights"]["fc.weight"]["at"] -= 8
+        Path(f"{name}.engine.json").write_text(json.dumps(manifest))
+    code, structure = verdict(capsys, "base.engine", "out.engine")
+    assert (code, structure["verdict"]) == (1, "inconclusive")
+
+
+def test_equal_constants_are_stored_once_and_that_is_explained(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_model("base.onnx", np.float32, equal=True)
+    build("base.onnx", "-o", "base.engine", *PROFILE)
+    build("base.onnx", "--adapter", "adapter", "-o", "out.engine", *PROFILE)
+    assert Path("base.engine").stat().st_size < Path("out.engine").stat().st_size
+    code, structure = verdict(capsys, "base.engine", "out.engine")
+    assert (code, structure["verdict"]) == (1, "inconclusive")
+    assert "fc.weight = head.weight in the base" in structure["reason"]
+
+
+def test_another_model_and_another_build_are_told_apart(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_model("base.onnx", np.float32)
+    build("base.onnx", "-o", "base.engine", *PROFILE)
+    build("base.onnx", "-o", "tf32.engine", "--tf32", *PROFILE)
+    assert "another tf32" in verdict(capsys, "base.engine", "tf32.engine")[1]["reason"]
+    model = onnx.load("base.onnx")
+    model.graph.node[1].op_type = "Tanh"
+    onnx.save(model, "other.onnx")
+    build("other.onnx", "-o", "other.engine", *PROFILE)
+    assert "different graphs" in verdict(capsys, "base.engine", "other.engine")[1]["reason"]
+
+
+def test_nothing_folded_is_no_pass(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_model("base.onnx", np.float32)
+    build("base.onnx", "-o", "base.engine", *PROFILE)
+    code, structure = verdict(capsys, "base.engine", "base.engine")
+    assert (code, structure["numbers"]) == (1, "fail")
+
+
+def test_wrong_calls(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_model("base.onnx", np.float32)
+    build("base.onnx", "-o", "base.engine", *PROFILE)
+    shutil.copy("base.engine", "foreign.engine")
+    calls = {
+        ("base.engine", "foreign.engine"): "no manifest foreign.engine.json",
+        ("base.engine", "base.onnx"): "the other is none",
+        ("base.engine", "nowhere.engine"): "no such file",
+        ("base.engine", "base.engine", "--adapter", "adapter"): "in their manifests",
+    }
+    for arguments, words in calls.items():
+        assert run(["verify", *arguments]) == 2
+        assert words in capsys.readouterr().err
+    Path("foreign.engine.json").write_text('{"format": 1}')
+    assert run(["verify", "base.engine", "foreign.engine"]) == 2
+    assert "not a manifest" in capsys.readouterr().err
