@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 
 #: Lowest first. A module belongs to the first layer that has a pattern for it.
 LAYERS = (
-    ("errors", "quiet", "deferred", "combine_methods", "tasks"),
+    ("errors", "quiet", "deferred", "devices", "combine_methods", "tasks"),
     ("dtypes", "algebra.*", "blas", "rows"),
     ("adapter", "deltas", "kinds.*"),
     ("sites", "tensors"),
