@@ -9,7 +9,7 @@ in 53 % of the runs; with both levels in 85 to 100 %.)
 The test is the confidence-interval form of two one-sided tests: equal when the whole 95 % interval lies inside
 [1 − margin, 1 + margin], slower when the whole of it lies above. That is each one-sided test at 2.5 %; the 90 %
 interval of the usual 5 % is reported beside and decides nothing. Everything else is too noisy to tell, with an
-estimate of how much longer a verdict would take: an interval's width shrinks with the square root of the number of pairs.
+estimate of how much longer a verdict would take: an interval's width shrinks with the square root of the pairs.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ def rule(ratio: Ratio, noise: Ratio, margin: float) -> Ruling:
         reason = f"faster, so not the same work: {_percent(ratio)}"
         return Ruling("inconclusive", reason, needed, None, "faster")
     more = _more_pairs(ratio, noise, margin)
-    longer = f"; about {more:,} more pairs would tell ({more / ratio.pairs:.2g} times this run's)" if more else ""
+    longer = f"; about {more:,} more pairs would tell ({more / ratio.pairs:,.3g} times this run's)" if more else ""
     what = f"base against base reaches ±{100 * noise.distance:.2g} %" if noise.distance > margin else _percent(ratio)
     reason = f"too noisy to tell: {what}, margin ±{100 * margin:g} %{longer}"
     return Ruling("inconclusive", reason, needed, more, "unclear")
@@ -134,7 +134,9 @@ def _more_pairs(ratio: Ratio, noise: Ratio, margin: float) -> int | None:
     found = []
     for one in (ratio, noise):
         half = (one.high - one.low) / 2
-        room = abs(margin - abs(one.value - 1.0))
+        off = abs(one.value - 1.0)
+        # A centre that nothing tells from 1 is planned for as 1.
+        room = margin if half >= off else abs(margin - off)
         if half and room < half * math.sqrt(one.pairs / _MOST_PAIRS):
             return None
         found.append(math.ceil(one.pairs * (half / room) ** 2) - one.pairs if half else 0)
