@@ -11,9 +11,10 @@ import numpy as np
 
 from loracc.dtypes import Array
 from loracc.folded import Binding, FoldedTensor
+from loracc.requantized import RequantizedTensor
 from loracc.tensors import PermutedTensor, dims, tile_rows
 
-__all__ = ["SiteFacts", "site_facts"]
+__all__ = ["SiteFacts", "loss_notes", "site_facts"]
 
 #: How much of each weight is read for the two norms; spread evenly over its rows.
 SAMPLE_BYTES = 1 << 18
@@ -29,7 +30,9 @@ class SiteFacts:
         rank: The delta's rank, None where it has none.
         scale: The factor on the delta, user's weight included.
         relative_norm: ‖ΔW‖_F / ‖W‖_F; None for a weight of zeros.
-        survived: 1 − ‖(W' − W) − ΔW‖_F / ‖ΔW‖_F: 1 is everything, 0 nothing; None when ΔW is zero.
+        survived: 1 − ‖(W' − W) − ΔW‖_F / ‖ΔW‖_F: 1 is everything, 0 nothing; None when ΔW is zero. Of a
+            quantized weight ⟨W' − W, ΔW⟩ / ‖ΔW‖²: its rounding errors are often larger than ΔW, and what counts is how
+            much of ΔW is in them.
         adapter: Where the delta comes from.
         way: How its key found the site.
     """
@@ -60,6 +63,30 @@ def site_facts(folded: Iterable[FoldedTensor]) -> list[SiteFacts]:
     return rows
 
 
+#: Shares of ΔW below which a quantized site is named in a note.
+LITTLE = 0.5
+
+
+def loss_notes(folded: Iterable[FoldedTensor]) -> list[str]:
+    """What the user should know of quantized weights whose grid is too coarse for the deltas; usually nothing."""
+    rows = {
+        binding.site.name: tensor.totals.survived
+        for tensor in folded
+        if isinstance(tensor, RequantizedTensor)
+        for binding in tensor.bindings
+    }
+    little = {name: share for name, share in rows.items() if share is not None and share < LITTLE}
+    if not little:
+        return []
+    shown = ", ".join(f"{name} ({100 * share:.0f} %)" for name, share in sorted(little.items(), key=lambda i: i[1])[:3])
+    more = f" and {len(little) - 3} more" if len(little) > 3 else ""
+    return [
+        f"less than half of ΔW survived quantization at {len(little)} of {len(rows)} quantized sites: {shown}{more}. "
+        "ΔW is small beside the steps between codes: start from the original weights (--base DIR), quantize in smaller "
+        "blocks or more bits, or fold into the float model and quantize the result."
+    ]
+
+
 def _row(binding: Binding, relative_norm: float | None, survived: float | None) -> SiteFacts:
     delta = binding.delta
     return SiteFacts(
@@ -68,6 +95,9 @@ def _row(binding: Binding, relative_norm: float | None, survived: float | None) 
 
 
 def _norms(tensor: FoldedTensor) -> tuple[float | None, float | None]:
+    if isinstance(tensor, RequantizedTensor):
+        totals = tensor.totals
+        return math.sqrt(totals.change / totals.weight) if totals.weight else None, totals.survived
     weight = change = lost = 0.0
     for original, exact, rounded in tensor.probe(_sampled_rows(tensor)):
         weight += _squares(original)

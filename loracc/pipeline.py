@@ -384,15 +384,16 @@ def _verify_staged(lowered: _Lowered, path: Path, job: Job) -> Verification:
 def _result(
     lowered: _Lowered, job: Job, verification: Verification | None, files: list[str], nbytes: int
 ) -> FoldResult:
-    from loracc.facts import site_facts
+    from loracc.facts import loss_notes, site_facts
     from loracc.lower import folded_tensors
 
+    folded = folded_tensors(lowered.model.ir)
     return FoldResult(
         output=str(job.output),
         files=files,
-        sites=[facts.to_json() for facts in site_facts(folded_tensors(lowered.model.ir))],
+        sites=[facts.to_json() for facts in site_facts(folded)],
         unmatched=list(lowered.bound.unmatched),
         verification=verification,
-        notes=[*lowered.base.notes, *lowered.bound.notes],
+        notes=[*lowered.base.notes, *lowered.bound.notes, *loss_notes(folded)],
         bytes=nbytes,
     )

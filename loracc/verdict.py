@@ -54,6 +54,8 @@ class WeightSite:
         relative_norm: ‖ΔW‖/‖W‖, None for a weight of zeros.
         survived: max(0, 1 − ‖(W'−W)−ΔW‖/‖ΔW‖), None when ΔW is zero.
         reason: Why it failed; empty when it passed.
+        tolerance: What one rounding costs, relative to the largest element; None for that of ``dtype``. Of a quantized
+            weight one step of its grid (half of one, or more at the ends), and ``survived`` is ⟨W'−W, ΔW⟩/‖ΔW‖².
     """
 
     name: str
@@ -67,6 +69,7 @@ class WeightSite:
     relative_norm: float | None
     survived: float | None
     reason: str = ""
+    tolerance: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         return {"verdict": "fail" if self.reason else "pass", **vars(self)}

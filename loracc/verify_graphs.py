@@ -8,20 +8,34 @@ rounding is optimized away.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass
 
-from loracc.folded import Binding
+from loracc.folded import Binding, annotate, clear_bindings
+from loracc.model import BaseModel
+from loracc.passes.encode_weights import encoded
+from loracc.passes.fold import FoldPass
 from loracc.passes.retype import RetypePass
 from loracc.passes.unfuse import Tap, UnfusePass
+from loracc.passes.unshare import UnsharePass
+from loracc.requantized import RequantizedTensor
 from loracc.runners import OnnxRunner
 from loracc.verify_kernels import has_kernel
 from loracc.verify_options import VerifyOptions
 
-__all__ = ["FLOATS", "Prepared", "as_written", "in_own_type", "in_reference", "uses_bfloat16", "with_outputs"]
+__all__ = [
+    "FLOATS",
+    "Prepared",
+    "as_written",
+    "in_own_type",
+    "in_reference",
+    "rounded_at_random",
+    "uses_bfloat16",
+    "with_outputs",
+]
 
 FLOATS = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.FLOAT, ir.DataType.DOUBLE)
 
@@ -109,6 +123,28 @@ def in_own_type(base: ir.Model, bindings: Sequence[Binding], dtype: ir.DataType 
         if _uses(graph, half):
             return _emulated(graph, half)
     return Prepared(graph)
+
+
+def rounded_at_random(base: BaseModel, bindings: Sequence[Binding], seed: int) -> Prepared:
+    """The base with the deltas in its weights, each quantized one rounded at random between its neighbours.
+
+    Args:
+        base: The original, its quantized weights decoded; left as it is.
+        bindings: The deltas.
+        seed: Of the rounding.
+    """
+    graph = base.ir.clone()
+    for value in graph.graph.initializers.values():
+        clear_bindings(value)
+    annotate(graph, bindings)
+    UnsharePass(base.sites)(graph)
+    FoldPass()(graph)
+    for value in graph.graph.initializers.values():
+        tensor = value.const_value
+        if isinstance(tensor, RequantizedTensor):
+            value.const_value = RequantizedTensor(tensor.decoded, tensor.bindings, dither=seed + 1)
+    note = "what quantization costs is measured with the same grids and weights rounded to them at random"
+    return replace(as_written(encoded(graph), graph), notes=(note,))
 
 
 def _emulated(graph: ir.Model, dtype: ir.DataType) -> Prepared:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
+from loracc.passes.encode_weights import encoded
 from loracc.runners import OnnxRunner, RunError
 from loracc.verdict import Verdict
 from loracc.verify_graphs import uses_bfloat16
@@ -37,6 +38,7 @@ def compare_optimized(base: ir.Model, out: ir.Model, options: VerifyOptions) -> 
     Raises:
         MissingExtraError: onnxruntime is not installed.
     """
+    base, out = encoded(base), encoded(out)
     size = sum(weights_in(model, ir.DataType.FLOAT) for model in (base, out))
     free = available_memory()
     if size > 2 * options.optimized_bytes or (free is not None and size > options.memory_share * free):

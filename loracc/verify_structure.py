@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx_ir as ir
 
+from loracc.encodings.decoded import DecodedTensor
 from loracc.tensors import dims
 from loracc.verify_describe import (
     attribute_text,
@@ -275,6 +276,10 @@ def _tensor_difference(one: ir.Value, other: ir.Value) -> str | None:
         return None if mine is theirs else "has a value in only one of the models"
     if mine.dtype != theirs.dtype:
         return f"{theirs.dtype.name} in the output, {mine.dtype.name} in the base"
+    if isinstance(mine, DecodedTensor) and isinstance(theirs, DecodedTensor):
+        return mine.weight.same_scheme(theirs.weight) or None
+    if isinstance(mine, DecodedTensor) or isinstance(theirs, DecodedTensor):
+        return "is quantized in only one of the models"
     if dims(mine) != dims(theirs):
         return f"shape {list(dims(theirs))} in the output, {list(dims(mine))} in the base"
     return None

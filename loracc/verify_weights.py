@@ -14,12 +14,14 @@ import numpy as np
 import onnx_ir as ir
 
 from loracc.dtypes import Array, is_float, round_to, unit_roundoff
+from loracc.encodings.decoded import DecodedTensor
 from loracc.folded import Binding, FoldedTensor
 from loracc.passes.unshare import delta_digest
 from loracc.progress import NoProgress, Progress
 from loracc.sites import Layout
 from loracc.tensors import dims, read_rows, tile_rows
 from loracc.verdict import Weights, WeightSite
+from loracc.verify_encoded import check_encoded, same_parts
 from loracc.verify_oracle import half_ulp, oracle_slabs
 from loracc.verify_structure import Pair
 
@@ -62,6 +64,10 @@ def check_weights(
             same = _same(before, after)
             untouched += same
             changed += [] if same else [pair.out]
+        elif isinstance(before, DecodedTensor) and isinstance(after, DecodedTensor):
+            site, moved = check_encoded(pair.out, before, after, _once(here))
+            sites.append(site)
+            effect = max(effect, moved)
         elif not _comparable(before, after):
             sites.append(_unlike(pair, here, before, after))
         else:
@@ -98,8 +104,12 @@ def _judge(sites: list[WeightSite], changed: list[str], untouched: int, missing:
         worst.name if worst else "",
         max((site.max_relative_error for site in sites), default=None),
         # One rounding and the slack, relative to the largest element.
-        max((unit_roundoff(ir.DataType[site.dtype]) + 2 * SLACK for site in sites), default=None),
+        max((_tolerance(site) for site in sites), default=None),
     )
+
+
+def _tolerance(site: WeightSite) -> float:
+    return unit_roundoff(ir.DataType[site.dtype]) + 2 * SLACK if site.tolerance is None else site.tolerance
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -166,6 +176,8 @@ def _names(bindings: Sequence[Binding]) -> tuple[str, str]:
 
 def _same(before: ir.TensorProtocol, after: ir.TensorProtocol) -> bool:
     """Byte for byte, in chunks; a weight whose dtype changed must be the base's, rounded once."""
+    if isinstance(before, DecodedTensor) and isinstance(after, DecodedTensor):
+        return same_parts(before, after)
     if dims(before) != dims(after) or before.dtype != after.dtype:
         return False
     if before.dtype.bitwidth < 8:

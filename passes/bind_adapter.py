@@ -27,6 +27,7 @@ from loracc.kinds.packed_experts import PackedExperts
 from loracc.model import BaseModel
 from loracc.passes.base_names import with_base_names
 from loracc.passes.bind_experts import assign_experts
+from loracc.passes.decode_weights import undecoded
 from loracc.passes.fit_delta import Weight, check_weight, fit, is_transposed
 from loracc.passes.match_names import Matching, Rewriting, apply_maps, match_names, nearest, parse_maps
 from loracc.passes.tied_sites import tied_sites
@@ -308,22 +309,28 @@ class _Binder:
             hint += " A bias that the base layer does not have cannot be folded: it would need another node."
         total = len(self.adapter.entries)
         message = f"adapter {self.adapter.name!r}: {len(missing)} of {total} deltas fit no weight of the model:"
-        quantised = [entry for entry in missing if self._is_quantised(entry)]
-        if quantised:
+        reasons = {entry.name: reason for entry in missing if (reason := self._is_quantised(entry))}
+        if reasons:
+            why = "\n".join(f"  {name} is quantised here: {reason}" for name, reason in reasons.items())
             self.errors.append(
                 UnsupportedError(
-                    f"{message}\n" + "\n".join(lines),
-                    hint=f"{quantised[0].name} is quantised here: fold into the float model and quantise the result.",
+                    f"{message}\n" + "\n".join(lines) + f"\n{why}",
+                    hint="Quantise as QDQ (DequantizeLinear) or MatMulNBits, which deltas can be folded into, or fold "
+                    "into the float model and quantise the result.",
                 )
             )
         else:
             self.errors.append(BindingError(f"{message}\n" + "\n".join(lines), hint=hint))
 
-    def _is_quantised(self, entry: Entry) -> bool:
-        """Whether the model has the weight in integers, under its own name or the one that quantisers give it."""
+    def _is_quantised(self, entry: Entry) -> str:
+        """Why no delta can be added to a weight that the model has in integers, under its own name or a quantiser's."""
+        for name, reason in undecoded(self.model).items():
+            if name == entry.name or name.endswith(f".{entry.name}"):
+                return reason
         names = (entry.name, f"{entry.name}_quantized", f"{entry.name}_Q4", f"{entry.module}.qweight")
-        found = (self.model.graph.initializers.get(name) for name in names)
-        return any(value is not None and value.dtype is not None and value.dtype.is_integer() for value in found)
+        found = [self.model.graph.initializers.get(name) for name in names]
+        integers = [value for value in found if value and value.dtype is not None and value.dtype.is_integer()]
+        return f"nothing that is known decodes the integers of {integers[0].name!r}" if integers else ""
 
     def _refuse_conflicts(self, before: Sequence[Binding]) -> None:
         """Rule 5: per site one replacement of all, and one change of each adapter."""

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from loracc.encodings.decoded import DecodedTensor
 from loracc.folded import FoldedTensor, bindings_of
+from loracc.requantized import RequantizedTensor
 
 __all__ = ["FoldPass"]
 
 
 class FoldPass(ir.passes.InPlacePass):
-    """Replace each annotated initializer's value by a :class:`loracc.folded.FoldedTensor`.
+    """Replace each annotated initializer's value by a :class:`loracc.folded.FoldedTensor`, of a quantized weight by a
+    :class:`loracc.requantized.RequantizedTensor`.
 
     The graph's nodes, names, shapes and dtypes stay as they are: the folded graph is the base graph. Nothing is read
     or computed before a target writes the tensor. Run again, it changes nothing.
@@ -27,6 +30,11 @@ class FoldPass(ir.passes.InPlacePass):
                 if base.bindings and set(map(id, base.bindings)) == set(map(id, bindings)):
                     continue
                 raise AssertionError(f"initializer {value.name!r} was folded with other deltas before")
-            value.const_value = FoldedTensor(base, bindings)
+            if isinstance(base, DecodedTensor):
+                requantized = RequantizedTensor(base, bindings)
+                requantized.check_base()
+                value.const_value = requantized
+            else:
+                value.const_value = FoldedTensor(base, bindings)
             modified = True
         return ir.passes.PassResult(model, modified)

@@ -23,6 +23,7 @@ import numpy as np
 import onnx_ir as ir
 
 from loracc.adapter import Delta
+from loracc.encodings.decoded import DecodedTensor
 from loracc.errors import UnsupportedError
 from loracc.folded import Binding, annotate, bindings_of, clear_bindings
 from loracc.sites import Layout, Site
@@ -202,6 +203,13 @@ def _free_name(model: ir.Model, value: ir.Value, group: Sequence[Site]) -> str:
 
 def _renamed(base: ir.TensorProtocol, perm: tuple[int, ...], name: str) -> ir.TensorProtocol:
     """The tensor, permuted, under another name; it is read from where it lies."""
+    if isinstance(base, DecodedTensor):
+        if perm and perm != tuple(range(len(perm))):
+            raise UnsupportedError(
+                f"{name}: the quantized weight {base.name!r} is shared, and read transposed by one of its readers.",
+                hint="Quantize the model with a weight for each, or fold into the float model.",
+            )
+        return base.renamed(name)
     if isinstance(base, ir.ExternalTensor) and not perm and base.length is not None:
         return file_tensor(base.path, base.offset or 0, base.length, base.dtype, dims(base), name)
     return PermutedTensor(base, perm or range(len(dims(base))), name)

@@ -17,6 +17,7 @@ from typing import Any
 import onnx_ir as ir
 
 from loracc.errors import InputError, UnsupportedError
+from loracc.passes.encode_weights import encoded
 from loracc.progress import Progress
 from loracc.streaming import OutputFile, Segment
 from loracc.targets.linked_data import check_linked, check_sources, location_in
@@ -72,6 +73,7 @@ def plan_onnx(model: ir.Model, path: Path, *, external: str = "auto", home: Path
     """
     if external not in EXTERNAL:
         raise ValueError(f"external is {external!r}, expected one of {', '.join(EXTERNAL)}")
+    model = encoded(model)
     tensors = {value: tensor for value in initializers(model) if (tensor := value.const_value) is not None}
     total = sum(tensor.nbytes for tensor in tensors.values())
     inline = total <= INLINE_BYTES if external == "auto" else external == "inline"

@@ -19,6 +19,7 @@ import onnx_ir as ir
 
 from loracc.dtypes import Array
 from loracc.errors import InputError, UnsupportedError
+from loracc.passes.encode_weights import encoded
 from loracc.targets.onnx_file import graph_bytes
 from loracc.targets.tensorrt_module import TensorRT
 from loracc.targets.tensorrt_profiles import Profile
@@ -77,6 +78,7 @@ def build_plan(trt: TensorRT, model: ir.Model, profiles: Sequence[Profile], opti
         InputError: A weight to be refitted is none that TensorRT knows, or options contradict each other.
     """
     module = trt.module
+    model = encoded(model)
     _check(trt, options, profiles)
     builder = module.Builder(trt.logger)
     network = builder.create_network(0)

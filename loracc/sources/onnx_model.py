@@ -13,6 +13,7 @@ from onnx_ir.passes.common import LiftConstantsToInitializersPass, RemoveInitial
 from loracc.dtypes import is_float
 from loracc.errors import InputError, UnsupportedError
 from loracc.model import BaseModel, LoadOptions
+from loracc.passes.decode_weights import DecodeWeights
 from loracc.passes.find_sites import find_sites
 from loracc.sites import SiteTable
 from loracc.sources.onnx_tensors import check_tensors
@@ -20,6 +21,9 @@ from loracc.sources.onnx_wiring import check_wiring
 from loracc.sources.user_inputs import given_inputs
 
 __all__ = ["load_onnx", "read_graph"]
+
+#: Operators that read codes, scales and zero points.
+_QUANTIZED = frozenset({"DequantizeLinear", "MatMulNBits", "GatherBlockQuantized", "DynamicQuantizeMatMul"})
 
 
 def load_onnx(path: Path, options: LoadOptions) -> BaseModel:
@@ -69,7 +73,10 @@ def _notes(sites: SiteTable) -> tuple[str, ...]:
 
 
 def read_graph(path: Path) -> ir.Model:
-    """The checked graph of an ONNX file, every weight an initializer and every node with a name of its own."""
+    """The checked graph of an ONNX file, every weight an initializer and every node with a name of its own.
+
+    Quantized weights are decoded: :mod:`loracc.passes.decode_weights`.
+    """
     proto = _parse(path)
     if proto.graph.sparse_initializer:  # onnx_ir drops them without a word (docs/upstream.md)
         name = proto.graph.sparse_initializer[0].values.name
@@ -87,6 +94,7 @@ def read_graph(path: Path) -> ir.Model:
     _name_nodes(model)
     _lift_weights(model)
     _separate_weights(model)
+    DecodeWeights()(model)
     return model
 
 
@@ -129,7 +137,8 @@ def _lift_weights(model: ir.Model) -> None:
         attribute = node.attributes.get("value")
         if node.op_type == "Constant" and attribute is not None and attribute.type == ir.AttributeType.TENSOR:
             tensor = attribute.as_tensor()
-            if is_float(tensor.dtype) and len(tensor.shape) >= 2 and tensor.size >= 16:
+            weight = is_float(tensor.dtype) and len(tensor.shape) >= 2 and tensor.size >= 16
+            if weight or any(user.op_type in _QUANTIZED for user, _ in node.outputs[0].uses()):
                 LiftConstantsToInitializersPass()(model)
                 return
 

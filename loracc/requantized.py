@@ -1,0 +1,259 @@
+"""The fold of an encoded weight: codes' = round((W + ΔW) / scale') + zero', block by block, and nothing else changes.
+
+Each block of elements that share a scale
+
+1. keeps its bytes, where no delta changes any of its elements;
+2. else gets the scale and zero point that round-to-nearest gives for the new values
+   (:class:`loracc.encodings.grid.Rule`), or keeps its old ones: whichever brings the codes nearer to W + ΔW. A grid
+   that a better quantizer chose (HQQ, k-quants, GPTQ) thus stays while it serves, and no rule has to be guessed.
+
+W is what the codes mean, or the weight that they were made from when that is known (``--base``). Everything is computed
+in float64; the choice of grids needs one look at W + ΔW (two, where rows share scales), the codes another.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import onnx_ir as ir
+
+from loracc.dtypes import Array, round_to
+from loracc.encodings.decoded import DecodedTensor
+from loracc.encodings.encoded_weight import EncodedWeight
+from loracc.encodings.grid import Grid
+from loracc.errors import NumericsError
+from loracc.folded import Binding, FoldedTensor
+from loracc.rows import ArrayRows, Rows
+from loracc.sites import Layout
+from loracc.tensors import TiledTensor, dims, open_rows
+
+__all__ = ["CodesTensor", "RequantizedTensor", "Totals", "turned_layout"]
+
+
+@dataclass
+class Totals:
+    """Sums over a whole weight: ‖W‖², ‖ΔW‖², ‖(W' − W) − ΔW‖² and ⟨W' − W, ΔW⟩."""
+
+    weight: float = 0.0
+    change: float = 0.0
+    lost: float = 0.0
+    along: float = 0.0
+
+    @property
+    def survived(self) -> float | None:
+        """How much of ΔW is in what changed: the projection of W' − W on it."""
+        return self.along / self.change if self.change else None
+
+
+@dataclass(frozen=True)
+class _Settled:
+    """What the first passes decided: the new grid, and which blocks a delta changes."""
+
+    grid: Grid
+    touched: Array
+    totals: Totals
+
+
+class RequantizedTensor(FoldedTensor):
+    """An initializer whose weight is encoded, with deltas folded in; its values are what the new codes mean.
+
+    Args:
+        base: The decoded weight.
+        bindings: As for :class:`FoldedTensor`.
+        dither: Round at random and not to nearest, seeded: what an independent rounding on the same grid would give.
+    """
+
+    def __init__(self, base: DecodedTensor, bindings: Sequence[Binding], dither: int | None = None) -> None:
+        super().__init__(base, bindings)
+        self.decoded = base
+        self.weight: EncodedWeight = base.weight
+        self.dither = dither
+        # The sites' layouts refer to the initializer, the fold's to the codes.
+        self._fold = FoldedTensor(base.exact(), [_at_codes(b, base) for b in self.bindings], ir.DataType.DOUBLE)
+        self._decision: _Settled | None = None
+        self._deciding = threading.Lock()
+
+    def open_rows(self, *, few: bool = False) -> Rows:
+        grid = self.settled.grid
+        values = np.empty(self.weight.shape, self.dtype.numpy())
+        for lo, hi, exact in self._exact(self.weight.spans()):
+            values[lo:hi] = round_to(grid.part(lo, hi).decode(self.codes_of(exact, lo, hi)), self.dtype)
+        return ArrayRows(values.T if self.decoded.turned else values)
+
+    def compute_rows(self, lo: int, hi: int) -> Array:
+        return np.ascontiguousarray(self.numpy()[lo:hi])
+
+    @property
+    def settled(self) -> _Settled:
+        """The decision on every block's grid; made when first asked for."""
+        with self._deciding:
+            if self._decision is None:
+                self._decision = self._settle()
+            return self._decision
+
+    @property
+    def totals(self) -> Totals:
+        """What the fold did to the weight."""
+        return self.settled.totals
+
+    def parts(self) -> dict[str, ir.TensorProtocol]:
+        """The tensors that take the places of the codes, the scales and (where there are any) the zero points."""
+        made: dict[str, ir.TensorProtocol] = {"codes": CodesTensor(self), "scales": _GridTensor(self, "scales")}
+        if self.weight.zeros is not None:
+            made["zeros"] = _GridTensor(self, "zeros")
+        return made
+
+    def exact_codes_rows(self, spans: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int, Array]]:
+        """``(lo, hi, codes)`` of runs of rows that begin at blocks."""
+        for lo, hi, exact in self._exact(spans):
+            yield lo, hi, self.codes_of(exact, lo, hi)
+
+    def codes_of(self, exact: Array, lo: int, hi: int) -> Array:
+        """The codes for W + ΔW of rows ``lo`` to ``hi``, ``lo`` at the begin of a block."""
+        settled, old = self.settled, self.weight.read_codes(lo, hi)
+        grid = settled.grid.part(lo, hi)
+        codes = grid.nearest(exact) if self.dither is None else self._dithered(grid, exact, lo)
+        touched = self.weight.blocks.expand(settled.touched[self.weight.blocks.rows(lo, hi)], hi - lo)
+        return np.where(touched & ~np.isnan(codes), codes, old).astype(np.int32)
+
+    def _dithered(self, grid: Grid, exact: Array, lo: int) -> Array:
+        noise = np.random.default_rng([self.dither or 0, lo]).random(exact.shape)
+        codes: Array = np.clip(np.floor(grid.position(exact) + noise), grid.low, grid.high)
+        return codes
+
+    def _exact(self, spans: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int, Array]]:
+        """W + ΔW in float64."""
+        with self._fold.open_rows() as rows:
+            for lo, hi in spans:
+                exact = np.empty((hi - lo, *self.weight.shape[1:]))
+                rows.fill(lo, hi, exact)
+                yield lo, hi, exact
+
+    def _pairs(self, spans: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int, Array, Array]]:
+        """(W, W + ΔW) in float64."""
+        with open_rows(self._fold.base) as rows:
+            for lo, hi, exact in self._exact(spans):
+                original = np.empty(exact.shape)
+                rows.fill(lo, hi, original)
+                yield lo, hi, original, exact
+
+    # ------------------------------------------------------------------------------------------------ choice of grids
+
+    def _settle(self) -> _Settled:
+        old, spans = self.weight.grid(), self.weight.spans()
+        rule = self.weight.rule()
+        touched = np.zeros(old.scales.shape, bool)
+        least, most = np.full(old.scales.shape, np.inf), np.full(old.scales.shape, -np.inf)
+        for lo, hi, original, exact in self._pairs(spans):
+            rows, blocks = self.weight.blocks.rows(lo, hi), self.weight.blocks
+            touched[rows] |= blocks.reduce(np.logical_or, exact != original)
+            least[rows] = np.minimum(least[rows], blocks.reduce(np.minimum, exact))
+            most[rows] = np.maximum(most[rows], blocks.reduce(np.maximum, exact))
+        new = old if self.weight.pinned else rule.fit(least, most, old)
+        return self._choose(old, new, touched, spans)
+
+    def _choose(self, old: Grid, new: Grid, touched: Array, spans: Sequence[tuple[int, int]]) -> _Settled:
+        """Rule 2, and the totals of what it leads to."""
+        sums = [_Sums(old.scales.shape) for _ in (old, new)]
+        totals = Totals()
+        blocks = self.weight.blocks
+        for lo, hi, original, exact in self._pairs(spans):
+            rows, change = blocks.rows(lo, hi), exact - original
+            totals.weight += float(np.vdot(original, original))
+            totals.change += float(np.vdot(change, change))
+            for grid, sum_ in zip((old, new), sums, strict=True):
+                part = grid.part(lo, hi)
+                codes = part.nearest(exact)
+                value = np.where(np.isnan(codes), original, part.decode(codes))
+                sum_.lost[rows] += blocks.reduce(np.add, np.square(value - exact))
+                sum_.along[rows] += blocks.reduce(np.add, (value - original) * change)
+        better = touched & (sums[1].lost < sums[0].lost)
+        scales, zeros = (np.where(better, *pair) for pair in ((new.scales, old.scales), (new.zeros, old.zeros)))
+        totals.lost = float(np.where(better, sums[1].lost, sums[0].lost)[touched].sum())
+        totals.along = float(np.where(better, sums[1].along, sums[0].along)[touched].sum())
+        return _Settled(replace(old, scales=scales, zeros=zeros), touched, totals)
+
+    def check_base(self) -> None:
+        """Look at the scales and zero points that there are.
+
+        Raises:
+            NumericsError: Some are inf or NaN.
+        """
+        grid = self.weight.grid()
+        if not (np.isfinite(grid.scales).all() and np.isfinite(grid.zeros).all()):
+            names = ", ".join(dict.fromkeys(binding.site.name for binding in self.bindings))
+            raise NumericsError(
+                f"{names}: the quantized weight {self.weight.name!r} has scales or zero points that are inf or NaN.",
+                hint="The model is damaged, or was quantized from weights that were: quantize it again.",
+            )
+
+
+class _Sums:
+    """Per block: squared distance to W + ΔW, and ⟨W' − W, ΔW⟩."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        self.lost, self.along = np.zeros(shape), np.zeros(shape)
+
+
+class CodesTensor(TiledTensor):
+    """The new codes as they are stored. Types of fewer than eight bits are made whole."""
+
+    def __init__(self, source: RequantizedTensor) -> None:
+        stored = source.weight.codes
+        self.source = source
+        if stored.dtype.bitwidth >= 8:
+            super().__init__(stored.dtype, dims(stored), stored.name)
+        else:  # rows of these are no whole bytes
+            ir.LazyTensor.__init__(self, self._small, stored.dtype, ir.Shape(dims(stored)), name=stored.name)
+
+    def _small(self) -> ir.TensorProtocol:
+        return ir.Tensor(self.numpy(), dtype=self.dtype, name=self.name)
+
+    def numpy(self) -> Array:
+        return self.compute_rows(0, self.source.weight.shape[0])
+
+    def tobytes(self) -> bytes:
+        return ir.Tensor(self.numpy(), dtype=self.dtype).tobytes()
+
+    def compute_rows(self, lo: int, hi: int) -> Array:
+        weight, blocks = self.source.weight, self.source.weight.blocks
+        first = lo // blocks.row_step * blocks.row_step
+        last = min(-(-hi // blocks.row_step) * blocks.row_step, weight.shape[0])
+        result = np.empty((last - first, *dims(self)[1:]), self.dtype.numpy())
+        spans = [(max(a, first), min(b, last)) for a, b in weight.spans() if b > first and a < last]
+        for start, stop, codes in self.source.exact_codes_rows(spans):
+            result[start - first : stop - first] = weight.pack_codes(codes, start, stop)
+        return result[lo - first : hi - first]
+
+
+class _GridTensor(ir.LazyTensor):
+    """The new scales or zero points as they are stored."""
+
+    def __init__(self, source: RequantizedTensor, part: str) -> None:
+        stored = source.weight.scales if part == "scales" else source.weight.zeros
+        assert stored is not None
+        pack = source.weight.pack_scales if part == "scales" else source.weight.pack_zeros
+
+        def made() -> ir.TensorProtocol:
+            return ir.Tensor(pack(source.settled.grid), dtype=stored.dtype, name=stored.name)
+
+        super().__init__(made, stored.dtype, ir.Shape(dims(stored)), name=stored.name)
+
+    def __repr__(self) -> str:
+        return f"_GridTensor<{self.dtype},{self.shape}>(name={self.name!r})"
+
+
+def turned_layout(layout: Layout) -> Layout:
+    """A layout of a matrix as one of its transpose."""
+    canonical = layout.perm or (0, 1)
+    perm = tuple(1 - axis for axis in canonical)
+    return replace(layout, perm=() if perm == (0, 1) else perm)
+
+
+def _at_codes(binding: Binding, base: DecodedTensor) -> Binding:
+    if not base.turned:
+        return binding
+    return replace(binding, site=replace(binding.site, layout=turned_layout(binding.site.layout)))

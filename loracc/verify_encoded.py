@@ -1,0 +1,212 @@
+"""The fold of a quantized weight against a float64 oracle.
+
+Which grid was chosen, and which code for every element, is computed here once more, by other code than the fold's:
+
+1. a block in which no delta changes anything has the base's codes, scale and zero point;
+2. any other has the base's scale and zero point, or those that round-to-nearest gives for its new extremes;
+3. and of the two those that lose less;
+4. every code is the one whose value is nearest to W + ΔW.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from loracc.dtypes import Array, unit_roundoff
+from loracc.encodings.decoded import DecodedTensor
+from loracc.encodings.encoded_weight import EncodedWeight
+from loracc.encodings.grid import Blocks, Grid
+from loracc.folded import Binding
+from loracc.requantized import turned_layout
+from loracc.sites import Layout
+from loracc.tensors import read_rows
+from loracc.verdict import WeightSite
+from loracc.verify_oracle import oracle_slabs
+
+__all__ = ["check_encoded", "same_parts"]
+
+#: Of float64 arithmetic on a position among the codes.
+_SLACK = 1e-9
+_REQUIRED = 1.0
+
+
+def same_parts(before: DecodedTensor, after: DecodedTensor) -> bool:
+    """Codes, scales and zero points byte for byte."""
+    ours, theirs = before.weight, after.weight
+    return not ours.same_scheme(theirs) and all(
+        mine is other or (mine is not None and other is not None and mine.tobytes() == other.tobytes())
+        for mine, other in ((ours.codes, theirs.codes), (ours.scales, theirs.scales), (ours.zeros, theirs.zeros))
+    )
+
+
+@dataclass
+class _Found:
+    """What the rows add up to."""
+
+    elements: int = 0
+    wrong: int = 0
+    excess: float = 0.0
+    error: float = 0.0
+    largest: float = 0.0
+    weight: float = 0.0
+    change: float = 0.0
+    along: float = 0.0
+    step: float = 0.0
+
+
+def check_encoded(
+    name: str, before: DecodedTensor, after: DecodedTensor, bindings: Sequence[Binding]
+) -> tuple[WeightSite, float]:
+    """One bound weight of the output; the norm of ΔW.
+
+    Args:
+        name: Its initializer in the output.
+        before: The base's weight, with its original where the fold began there.
+        after: The output's.
+        bindings: The deltas.
+    """
+    weight, made = before.weight, after.weight
+    if other := weight.same_scheme(made):
+        return _unlike(name, weight, bindings, other), 0.0
+    original, exact = _oracle(before, after, bindings)
+    touched = weight.blocks.reduce(np.logical_or, exact != original)
+    reasons = _grid_reasons(weight, made, exact, touched)
+    found, grid = _Found(), made.grid()
+    for lo, hi in weight.spans():
+        changed = weight.blocks.expand(touched[weight.blocks.rows(lo, hi)], hi - lo)
+        _look(found, grid.part(lo, hi), (weight, made), (lo, hi), (original[lo:hi], exact[lo:hi]), changed)
+    if found.wrong:
+        share = 100.0 * found.wrong / found.elements
+        reasons.append(f"{found.wrong} codes ({share:.3g} %) are not those nearest to W + ΔW")
+    norm = math.sqrt(found.change)
+    site = WeightSite(
+        name=", ".join(dict.fromkeys(binding.site.name for binding in bindings)),
+        initializer=name,
+        adapter=", ".join(dict.fromkeys(binding.adapter for binding in bindings)),
+        dtype=f"{weight.op_type} {weight.bits} bit",
+        correctly_rounded=1.0 - found.wrong / max(found.elements, 1),
+        required=_REQUIRED,
+        worst_excess=found.excess,
+        max_relative_error=found.error / found.largest if found.largest else found.error,
+        relative_norm=norm / math.sqrt(found.weight) if found.weight else None,
+        survived=found.along / found.change if found.change else None,
+        reason=", ".join(reasons),
+        tolerance=found.step / found.largest if found.largest else found.step,
+    )
+    return site, norm
+
+
+def _unlike(name: str, weight: EncodedWeight, bindings: Sequence[Binding], reason: str) -> WeightSite:
+    sites = dict.fromkeys(binding.site.name for binding in bindings)
+    adapters = dict.fromkeys(binding.adapter for binding in bindings)
+    dtype = f"{weight.op_type} {weight.bits} bit"
+    worst = math.inf
+    return WeightSite(
+        ", ".join(sites), name, ", ".join(adapters), dtype, 0.0, _REQUIRED, worst, worst, None, None, reason, 0.0
+    )
+
+
+def _oracle(before: DecodedTensor, after: DecodedTensor, bindings: Sequence[Binding]) -> tuple[Array, Array]:
+    """W and W + ΔW in float64, whole, with the axes of the codes."""
+    base, made = before.exact(), after.exact()
+    original = read_rows(base, 0, before.weight.shape[0])
+    exact = original.copy()
+    groups: dict[Layout, list[Binding]] = {}
+    for binding in bindings:
+        layout = turned_layout(binding.site.layout) if before.turned else binding.site.layout
+        groups.setdefault(layout, []).append(replace(binding, site=replace(binding.site, layout=layout)))
+    for layout, group in groups.items():
+        view, at = layout.view(exact), 0
+        axis = layout.tiled_axis
+        for _, slab, _, _ in oracle_slabs(base, made, layout, group):
+            length = slab.shape[axis]
+            view[(slice(None),) * axis + (slice(at, at + length),)] = slab
+            at += length
+    return original, exact
+
+
+def _look(
+    found: _Found,
+    grid: Grid,
+    weights: tuple[EncodedWeight, EncodedWeight],
+    span: tuple[int, int],
+    values: tuple[Array, Array],
+    changed: Array,
+) -> None:
+    """Rule 4, and rule 1 for the codes."""
+    old, codes = (weight.read_codes(*span) for weight in weights)
+    original, exact = values
+    scales, zeros = (grid.blocks.expand(array, len(codes)) for array in (grid.scales, grid.zeros))
+    step = np.abs(scales)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ideal = np.clip(exact / scales + zeros, grid.low, grid.high)
+    off = np.abs(codes - ideal)
+    judged = changed & (step > 0)
+    wrong = np.where(judged, off > 0.5 + _SLACK * (1.0 + np.abs(ideal)), codes != old)
+    found.elements += codes.size
+    found.wrong += int(np.count_nonzero(wrong))
+    found.excess = max(found.excess, float(np.max(2.0 * off, where=judged, initial=0.0)))
+    made = (codes - zeros) * scales
+    change, moved = exact - original, np.where(changed, made - original, 0.0)
+    found.error = max(found.error, float(np.abs(made - exact).max(initial=0.0)))
+    found.largest = max(found.largest, float(np.abs(exact).max(initial=0.0)))
+    found.step = max(found.step, float(step.max(initial=0.0)))
+    found.weight += float(np.vdot(original, original))
+    found.change += float(np.vdot(change, change))
+    found.along += float(np.vdot(moved, change))
+
+
+def _grid_reasons(weight: EncodedWeight, made: EncodedWeight, exact: Array, touched: Array) -> list[str]:
+    """Rules 1 to 3 for scales and zero points."""
+    old, new, blocks = weight.grid(), made.grid(), weight.blocks
+    kept = (old.scales == new.scales) & (old.zeros == new.zeros)
+    reasons = []
+    if (~touched & ~kept).any():
+        reasons.append(f"{int((~touched & ~kept).sum())} blocks that no delta changes have another scale")
+    if not (np.isfinite(new.scales).all() and np.isfinite(new.zeros).all()):
+        return [*reasons, "scales or zero points are inf or NaN"]
+    least, most = blocks.reduce(np.minimum, exact), blocks.reduce(np.maximum, exact)
+    strange = touched & ~kept & ~_by_rule(weight, new, least, most)
+    if strange.any():
+        reasons.append(f"{int(strange.sum())} blocks have a scale or zero point that neither the base nor the rule has")
+    mine, theirs = (_lost(blocks, grid, exact) for grid in (new, old))
+    worse = touched & ~kept & (mine > theirs * (1.0 + _SLACK))
+    if worse.any():
+        reasons.append(f"{int(worse.sum())} blocks lose more than with the scale they had")
+    return reasons
+
+
+def _by_rule(weight: EncodedWeight, new: Grid, least: Array, most: Array) -> Array:
+    """Whether each block's grid is what round-to-nearest gives for its extremes."""
+    rule = weight.rule()
+    relative = 2.0 * unit_roundoff(weight.scales.dtype)
+    zeros = new.zeros
+    if rule.symmetric:
+        # The grid's two ends hold the block, and one of them is an extreme of it.
+        ends = [(rule.low - zeros) * new.scales, (rule.high - zeros) * new.scales]
+        if rule.negative_scales:
+            extreme = np.where(np.abs(most) > np.abs(least), most, least)
+            return np.abs(ends[0] - extreme) <= relative * np.abs(extreme)
+        reach = np.maximum(most, 0), np.minimum(least, 0)
+        above = np.where(rule.high - zeros > 0, reach[0] / np.maximum(rule.high - zeros, 1), 0.0)
+        below = np.where(rule.low - zeros < 0, reach[1] / np.minimum(rule.low - zeros, -1), 0.0)
+        wanted = np.maximum(above, below)
+        return np.abs(new.scales - wanted) <= relative * wanted
+    span = np.maximum(most, 0) - np.minimum(least, 0)
+    scale_fits = np.abs(new.scales * (rule.high - rule.low) - span) <= relative * span
+    ideal = np.clip(rule.low - np.minimum(least, 0) / np.where(new.scales == 0, 1, new.scales), rule.low, rule.high)
+    slack = 0.5 + _SLACK if rule.zero_dtype is None else 2.0 * unit_roundoff(rule.zero_dtype) * (1.0 + np.abs(ideal))
+    return scale_fits & (np.abs(zeros - ideal) <= slack)
+
+
+def _lost(blocks: Blocks, grid: Grid, exact: Array) -> Array:
+    """Per block, the squared distance of the nearest values of a grid."""
+    scales, zeros = (blocks.expand(array, len(exact)) for array in (grid.scales, grid.zeros))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        codes = np.clip(np.rint(exact / scales + zeros), grid.low, grid.high)
+    values = np.where(scales == 0, 0.0, (np.nan_to_num(codes) - zeros) * scales)
+    return blocks.reduce(np.add, np.square(values - exact))
