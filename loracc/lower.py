@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import onnx_ir as ir
@@ -13,7 +13,7 @@ from loracc.folded import Binding, FoldedTensor
 from loracc.model import BaseModel
 from loracc.passes.fold import FoldPass
 from loracc.passes.retype import RetypePass, recast
-from loracc.passes.unshare import UnsharePass
+from loracc.passes.unshare import Clone, UnsharePass
 from loracc.sites import SiteTable, write_records
 from loracc.targets.onnx_file import stamp
 
@@ -40,7 +40,19 @@ def lower(model: BaseModel, dtype: ir.DataType | None = None) -> BaseModel:
         _change_dtype(graph, dtype, traced=model.traced)
     if model.traced:
         write_records(graph, [site for site in unshare.sites if site.module])
-    return replace(model, ir=graph, sites=SiteTable(unshare.sites))
+    return replace(
+        model, ir=graph, sites=SiteTable(unshare.sites), notes=(*model.notes, *_unshared(graph, unshare.clones))
+    )
+
+
+def _unshared(graph: ir.Model, clones: Sequence[Clone]) -> Iterator[str]:
+    for clone in clones:
+        tensor = graph.graph.initializers[clone.name].const_value
+        assert tensor is not None
+        yield (
+            f"{clone.original!r} is shared, and not all that share it change alike: {clone.name!r} is a tensor of its "
+            f"own in the output ({tensor.nbytes:,} bytes more, no more nodes)"
+        )
 
 
 def _change_dtype(graph: ir.Model, dtype: ir.DataType, *, traced: bool) -> None:

@@ -394,6 +394,6 @@ def _result(
         sites=[facts.to_json() for facts in site_facts(folded)],
         unmatched=list(lowered.bound.unmatched),
         verification=verification,
-        notes=[*lowered.base.notes, *lowered.bound.notes, *loss_notes(folded)],
+        notes=[*lowered.model.notes, *lowered.bound.notes, *loss_notes(folded)],
         bytes=nbytes,
     )

@@ -12,7 +12,7 @@ Rules, for the terms ``Σ sᵢ·x·M₁…Mₙ`` of one source at one sum:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 
@@ -80,6 +80,17 @@ class Group:
     form: Form
     base: Base
     deltas: frozenset[Key]
+
+    def without(self, node: ir.Node) -> Group | None:
+        """The group in which the terms that a node is part of stay; None when no other delta is left."""
+        staying = {product.key for product in self.form.products if node in product.key or node in self._nodes(product)}
+        deltas = self.deltas - staying
+        return replace(self, deltas=deltas) if deltas and deltas != self.deltas else None
+
+    def _nodes(self, product: Product) -> frozenset[ir.Node]:
+        """The nodes between a term's products, such as a scale."""
+        last = product.factors[-1].node.outputs[0] if product.factors else None
+        return self.reader.read(last).nodes if last is not None else frozenset()
 
 
 def find_group(root: ir.Node, constants: Constants, dims: Dims) -> Group | None:

@@ -20,6 +20,8 @@ from contextlib import contextmanager
 
 import onnx_ir as ir
 
+from loracc.quiet import quiet
+
 __all__ = ["OptimizeGraph"]
 
 
@@ -40,7 +42,7 @@ class OptimizeGraph(ir.passes.InPlacePass):
         from onnxscript.rewriter import onnx_fusions
 
         values = [value for name, value in model.graph.initializers.items() if name in self.protected]
-        with _opaque(values):
+        with _opaque(values), quiet("onnx_ir", "onnxscript"):  # they report each weight that they cannot see
             optimizer.optimize_ir(model)
             onnx_fusions.fuse(model)
         return ir.passes.PassResult(model, True)

@@ -29,11 +29,13 @@ class Refused(Exception):
 
     Attributes:
         shared: Only a part of a delta is read elsewhere: it is fine if those readers go as well.
+        node: The node of one delta that has to stay; the other deltas may go.
     """
 
-    def __init__(self, reason: str, *, shared: bool = False) -> None:
+    def __init__(self, reason: str, *, shared: bool = False, node: ir.Node | None = None) -> None:
         super().__init__(reason)
         self.shared = shared
+        self.node = node
 
 
 @dataclass(frozen=True)
@@ -315,9 +317,10 @@ def _check_uses(group: Group, planner: _Planner, going: Collection[ir.Node]) -> 
         in_base = node in planner.base_nodes or node in group.tree
         for output in node.outputs:
             what = f"the base's product {output.name!r}" if in_base else f"the intermediate {output.name!r}"
+            stays = None if in_base else node
             if output.is_graph_output():
-                raise Refused(f"{what} is an output of the graph")
+                raise Refused(f"{what} is an output of the graph", node=stays)
             for use in output.uses():
                 if use.node not in planner.touched and (in_base or use.node not in going):
                     reason = f"{what} is also read by {use.node.op_type} ({use.node.name!r})"
-                    raise Refused(reason, shared=not in_base)
+                    raise Refused(reason, shared=not in_base, node=stays)

@@ -4,7 +4,8 @@ By algebra on use-def chains and by no name (DESIGN.md 3): what depends on no in
 of one input is one linear map, its plain weight is the base and the rest are deltas. In this order:
 
 1. every sum, operands before results, so that a term is taken out of the innermost sum that holds it and its base;
-2. sums that were refused only because a part of a delta is read by another one: all of them at once;
+2. sums that were refused only because a part of a delta is read by another one: all of them at once; where one delta
+   has to stay all the same, the others of its sum;
 3. weights that are themselves sums of a stored weight and a low-rank product (:mod:`loracc.passes.raise_weights`);
 4. names: what PEFT put around the base model's names goes;
 5. what looks like LoRA and is left is reported (:mod:`loracc.passes.lookalikes`).
@@ -88,6 +89,7 @@ class _Work:
     def raise_sums(self) -> None:
         """Rules 1 and 2."""
         shared: list[ir.Node] = []
+        some: list[ir.Node] = []
         for node in [node for node in self.model.graph.all_nodes() if is_sum(node, self.constants)]:
             # A sum may hold several weights with deltas, or be gone because a larger change took it along.
             while node.graph is not None and (group := self._group(node)) is not None:
@@ -97,8 +99,13 @@ class _Work:
                     self.refused[node] = str(reason)
                     if reason.shared:
                         shared.append(node)
+                    if reason.node is not None:
+                        some.append(node)
                     break
         self._raise_together(shared)
+        for node in some:
+            if node in self.refused and node.graph is not None:
+                self._raise_others(node)
 
     def _group(self, node: ir.Node) -> Group | None:
         value = node.outputs[0]
@@ -119,6 +126,21 @@ class _Work:
             if group is not None:
                 self._apply(group, plan_rewrite(group, going))
                 del self.refused[node]
+
+    def _raise_others(self, node: ir.Node) -> None:
+        """Rule 2, second half: without the deltas that have to stay."""
+        group, reason = self._group(node), self.refused[node]
+        while group is not None:
+            try:
+                plan = plan_rewrite(group)
+            except Refused as refused:
+                group = group.without(refused.node) if refused.node is not None else None
+                continue
+            self._apply(group, plan)
+            left = plan.result.producer()
+            if node.graph is None and left is not None:
+                self.refused[left] = reason  # the sum is another node now, and what stays in it is told all the same
+            return
 
     def _apply(self, group: Group, plan: Plan) -> None:
         """Rewrite one sum and write its deltas down."""
@@ -157,7 +179,11 @@ class _Work:
 
     def rejected(self) -> list[Rejected]:
         """Rule 5."""
-        left = [Rejected(place(n), reason) for n, reason in self.refused.items() if n.graph is not None]
+        first: dict[str, ir.Node] = {}
+        for node, reason in self.refused.items():  # a sum of sums meets the same obstacle again
+            if node.graph is not None:
+                first.setdefault(reason, node)
+        left = [Rejected(place(node), reason) for reason, node in first.items()]
         return left + find_lookalikes(self.model, self.constants, self.dims, skip=self.refused)
 
 

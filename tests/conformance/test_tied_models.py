@@ -51,7 +51,11 @@ def error(got: torch.Tensor, expected: torch.Tensor) -> float:
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_merged_checkpoint(name: str, tmp_path: Path) -> None:
     model_class, ids, expected = made(ADAPTERS[name], tmp_path)
-    loracc.fold(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "merged")
+    result = loracc.fold(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "merged")
+    apart = {"embedding", "head", "both", "saved", "head among Conv1D"}
+    assert [note for note in result.to_json()["notes"] if "is shared" in note and "lm_head.weight" in note] or (
+        name not in apart
+    )
     merged = model_class.from_pretrained(tmp_path / "merged").double().eval()
     with torch.no_grad():
         assert error(merged(ids)[0], expected) < 1e-6
@@ -67,3 +71,26 @@ def test_onnx(name: str, tmp_path: Path) -> None:
     inputs = {"input_ids": ids.numpy(), "attention_mask": np.ones_like(ids.numpy())}
     fed = {value.name: inputs[value.name] for value in session.get_inputs()}
     assert error(torch.from_numpy(np.asarray(session.run(None, fed)[0])).double(), expected) < 1e-5
+
+
+def test_a_weight_that_the_graph_shares_is_reported_when_it_is_unshared(tmp_path: Path) -> None:
+    """Large tied weights are one initializer in the base's graph (small ones torch's exporter copies)."""
+    import onnx
+    import transformers
+
+    config = transformers.GPT2Config(vocab_size=400, n_positions=64, n_embd=32, n_layer=1, n_head=4)
+    model = transformers.GPT2LMHeadModel(config).eval()
+    save_base(model, tmp_path / "base")
+    for name in ("wte", "c_attn"):
+        adapted(model, target_modules=[name], fan_in_fan_out=name == "c_attn").save_pretrained(tmp_path / name)
+        model = transformers.GPT2LMHeadModel(config).eval()
+    notes, graphs = {}, {}
+    for name in ("wte", "c_attn"):
+        out = tmp_path / f"{name}.onnx"
+        notes[name] = loracc.fold(tmp_path / "base", [tmp_path / name], out).to_json()["notes"]
+        graphs[name] = onnx.load(out).graph
+    [said] = [note for note in notes["wte"] if "is shared" in note]
+    assert "'transformer.wte.weight'" in said and "'lm_head.weight'" in said and "51,200 bytes more" in said
+    assert notes["c_attn"] == []
+    assert [n.op_type for n in graphs["wte"].node] == [n.op_type for n in graphs["c_attn"].node]
+    assert len(graphs["wte"].initializer) == len(graphs["c_attn"].initializer) + 1
