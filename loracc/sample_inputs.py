@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import onnx_ir as ir
 
+from loracc.decoder_inputs import counts_tokens, decoder_sizes, symbol_sums
 from loracc.dtypes import Array, is_float
 from loracc.errors import InputError
 from loracc.model import BaseModel
@@ -52,7 +53,8 @@ def draw_inputs(
     shapes = {name: array.shape for name, array in sample.items()} if whole else {}
     found = [sample] if whole else []
     for index in range(draws - len(found)):
-        made = random_inputs(model.ir, seed=seed + index, limits=limits, shapes=shapes)
+        sizes = decoder_sizes(model.ir, step=bool(index % 2))
+        made = random_inputs(model.ir, seed=seed + index, limits=limits, shapes=shapes, sizes=sizes)
         if whole:  # values whose range nothing tells are the sample's own, in another order
             rng = np.random.default_rng(seed + index)
             unknown = [n for n in names if n not in limits and np.issubdtype(sample[n].dtype, np.integer)]
@@ -110,28 +112,36 @@ def random_inputs(
         seed: Of the generator.
         limits: Exclusive upper limits of integer inputs; see :func:`vocabulary_limits`.
         shapes: Shapes to use in place of the declared ones.
-        sizes: Sizes of symbols; and of "batch" and "sequence" for those that have no name of their own.
+        sizes: Sizes of symbols; and of "batch" and "sequence" for those that have no name of their own. A decoder's
+            cache is empty unless they say otherwise.
     """
     rng = np.random.default_rng(seed)
     known = vocabulary_limits(model) if limits is None else limits
-    symbols = _Symbols(sizes or {})
+    symbols = _Symbols({**decoder_sizes(model), **(sizes or {})}, symbol_sums(model))
+    padded = not counts_tokens(model)
     result = {}
     for value in fed(model):
         name = str(value.name)
         shape = (shapes or {}).get(name) or symbols.shape(value)
-        result[name] = _values(rng, name, value.dtype or ir.DataType.FLOAT, shape, known.get(name))
+        result[name] = _values(rng, name, value.dtype or ir.DataType.FLOAT, shape, known.get(name), padded=padded)
     return result
 
 
 def _values(
-    rng: np.random.Generator, name: str, dtype: ir.DataType, shape: tuple[int, ...], limit: int | None
+    rng: np.random.Generator,
+    name: str,
+    dtype: ir.DataType,
+    shape: tuple[int, ...],
+    limit: int | None,
+    *,
+    padded: bool = True,
 ) -> Array:
     """Random values of one input. A mask has padding at the end of its last row; positions count up."""
     kind = dtype.numpy()
     leaf = name.lower()
     if "mask" in leaf and not is_float(dtype):
         mask = np.ones(shape, kind)
-        if mask.ndim and len(mask) > 1 and mask.shape[-1] > 2:
+        if padded and mask.ndim and len(mask) > 1 and mask.shape[-1] > 2:
             mask[-1, ..., -(mask.shape[-1] // 4 + 1) :] = 0
         return mask
     if "mask" in leaf:
@@ -150,8 +160,9 @@ def _values(
 class _Symbols:
     """Sizes of symbolic dimensions, the same for the same symbol."""
 
-    def __init__(self, sizes: Mapping[str, int]) -> None:
-        self._sizes = dict(sizes)
+    def __init__(self, sizes: Mapping[str, int], sums: Mapping[str, tuple[str, str]]) -> None:
+        """``sums`` are symbols that are the sum of two others."""
+        self._sizes, self._sums = dict(sizes), sums
         self._batch, self._sequence = self._sizes.get("batch", BATCH), self._sizes.get("sequence", SEQUENCE)
 
     def shape(self, value: ir.Value) -> tuple[int, ...]:
@@ -173,6 +184,8 @@ class _Symbols:
         return self._sizes[symbol]
 
     def _evaluate(self, symbol: str, axis: int) -> int:
+        if symbol in self._sums:
+            return sum(self._size(part, axis) for part in self._sums[symbol])
         try:
             tree = ast.parse(symbol, mode="eval").body
         except SyntaxError:

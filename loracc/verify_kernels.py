@@ -19,7 +19,9 @@ _CPU = "CPUExecutionProvider"
 def has_kernel(node: ir.Node, values: Collection[ir.Value], dtype: ir.DataType, opsets: dict[str, int]) -> bool:
     """Whether the CPU provider has a kernel for the node with those of its inputs and outputs of type ``dtype``.
 
-    An operator that the runtime expands into others counts as having none: its parts may lack one.
+    An operator that the runtime expands into others counts as having none: its parts may lack one. Kernels may be
+    registered for types that the operator's own schema refuses (SkipSimplifiedLayerNormalization in float64): those
+    are never reached.
     """
     formals, since = _formals(node, opsets)
     wanted = type_string(dtype)
@@ -29,7 +31,7 @@ def has_kernel(node: ir.Node, values: Collection[ir.Value], dtype: ir.DataType, 
         for index, value in enumerate(actual)
         if formal and value is not None and value in values
     ]
-    return any(
+    return all(_allowed(node, name, wanted) for _, name in typed) and any(
         lo <= since <= hi
         and all(wanted in constraints.get(variable, constraints.get(name, {wanted})) for variable, name in typed)
         for lo, hi, constraints in _kernels().get((node.domain.replace("ai.onnx", ""), node.op_type), ())
@@ -45,6 +47,14 @@ def _formals(node: ir.Node, opsets: dict[str, int]) -> tuple[list[list[tuple[str
     if own is None:
         return [[], []], 1
     return [[(f.typeStr, f.name) for f in part] for part in (own.inputs, own.outputs)], int(own.since_version)
+
+
+def _allowed(node: ir.Node, formal: str, wanted: str) -> bool:
+    """What the runtime's own schema of the operator says; ONNX's operators have been asked before."""
+    own = _contrib_schemas().get((node.domain, node.op_type))
+    if own is None:
+        return True
+    return all(wanted in f.types for f in (*own.inputs, *own.outputs) if f.name == formal)
 
 
 @cache

@@ -103,3 +103,26 @@ def test_what_cannot_be_made_up_is_said(spec: tuple[ir.DataType, list[int | str 
     with pytest.raises(InputError, match="made up") as caught:
         random_inputs(inputs_only(x=spec).ir)
     assert caught.value.hint is not None and "--inputs" in caught.value.hint
+
+
+def test_a_decoders_symbols_fit_each_other() -> None:
+    """onnxruntime-genai's names: nothing says that the total is a sum, nor how wide a head is."""
+    model = inputs_only(
+        input_ids=(I64, ["batch_size", "sequence_length"]),
+        attention_mask=(I64, ["batch_size", "total_sequence_length"]),
+        past_key=(F32, ["batch_size", 2, "past_sequence_length", "kv_cache_dim"]),
+    )
+    graph = model.ir.graph
+    query = ir.Value(name="qkv", type=ir.TensorType(F32), shape=ir.Shape(["batch_size", "sequence_length", 24]))
+    node = ir.node(
+        "GroupQueryAttention",
+        [query, None, None, graph.inputs[2], graph.inputs[2]],
+        {"num_heads": 4, "kv_num_heads": 2},
+        domain="com.microsoft",
+    )
+    graph.append(node)
+    first, step, _ = draw_inputs(model)[0]
+    assert first["attention_mask"].shape == first["input_ids"].shape and first["attention_mask"].all()
+    assert first["past_key"].shape == (2, 2, 0, 3)
+    assert step["input_ids"].shape == (2, 1)
+    assert step["past_key"].shape == (2, 2, 7, 3) and step["attention_mask"].shape == (2, 8)

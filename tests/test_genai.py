@@ -1,0 +1,109 @@
+"""onnxruntime-genai's model builder: adapters folded into its graphs, and what onnxruntime-genai then generates."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import pytest
+
+from loracc.cli import run
+from tests.anonymous import anonymous
+from tests.genai_models import build_with_genai, generate, save_tokenizer, tiny_llama
+from tests.models import FAMILIES, adapted
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+]
+PROMPT, LENGTH = [1, 5, 6, 7], 32
+
+
+@dataclass(frozen=True)
+class Case:
+    """A checkpoint, an adapter, and the greedy tokens of PEFT's unmerged model and of the base alone."""
+
+    base: Path
+    adapter: Path
+    expected: list[int]
+    unadapted: list[int]
+
+
+def greedy(model: Any) -> list[int]:
+    import torch
+
+    with torch.no_grad():
+        made = model.generate(
+            input_ids=torch.tensor([PROMPT]), max_length=LENGTH, min_length=LENGTH, do_sample=False, use_cache=False
+        )
+    return [int(token) for token in made[0]]
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    folder = tmp_path_factory.mktemp("genai")
+    model = tiny_llama()
+    model.save_pretrained(folder / "base")
+    save_tokenizer(folder / "base")
+    unadapted = greedy(model)
+    tuned = adapted(model, scale=0.05, **FAMILIES["llama"].lora)
+    tuned.save_pretrained(folder / "adapter")
+    expected = greedy(tuned)
+    assert expected != unadapted
+    return Case(folder / "base", folder / "adapter", expected, unadapted)
+
+
+def fold(model: Path, out: Path, capsys: pytest.CaptureFixture[str], *arguments: object) -> dict[str, Any]:
+    """Fold into a copy of the builder's folder."""
+    shutil.copytree(model.parent, out, ignore=shutil.ignore_patterns("*.onnx*", "cache"))
+    capsys.readouterr()
+    code = run(["fold", str(model), *map(str, arguments), "-o", str(out / "model.onnx"), "--json", "--quiet"])
+    told = capsys.readouterr()
+    assert code == 0, told.err
+    result: dict[str, Any] = json.loads(told.out)
+    numbers = result["verification"]["numbers"]
+    assert (numbers["verdict"], numbers["measured_on"]) == ("pass", "outputs"), numbers
+    return result
+
+
+def test_fused_queries_keys_and_values(case: Case, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = build_with_genai(case.base, tmp_path / "fp32", "fp32")
+    result = fold(model, tmp_path / "out", capsys, case.adapter, "--base", case.base)
+    ways = {site["name"].split(".")[-2]: site["way"] for site in result["sites"]}
+    assert ways == {
+        **dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), "content"),
+        **dict.fromkeys(("gate_proj", "up_proj", "down_proj"), "name"),
+    }
+    assert generate(tmp_path / "fp32", PROMPT, LENGTH) == case.unadapted
+    assert generate(tmp_path / "out", PROMPT, LENGTH) == case.expected
+
+
+def test_without_any_name(case: Case, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = build_with_genai(case.base, tmp_path / "fp32", "fp32")
+    ir.save(anonymous(ir.load(model)), model, external_data="model.onnx.data")
+    result = fold(model, tmp_path / "out", capsys, case.adapter, "--base", case.base)
+    assert Counter(site["way"] for site in result["sites"]) == {"content": 14}
+    assert generate(tmp_path / "out", PROMPT, LENGTH) == case.expected
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_16_bits(case: Case, precision: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """ONNX Runtime's CPU provider has no kernels for these graphs as they are: what is checked are their numbers."""
+    model = build_with_genai(case.base, tmp_path / precision, precision)
+    result = fold(model, tmp_path / "out", capsys, case.adapter, "--base", case.base)
+    assert Counter(site["way"] for site in result["sites"]) == {"content": 8, "name": 6}
+
+
+def test_a_graph_built_with_the_adapter_in_it(case: Case, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = build_with_genai(case.base, tmp_path / "lora", "fp32", adapter_path=case.adapter)
+    result = fold(model, tmp_path / "out", capsys)
+    assert len(result["sites"]) == 14
+    nodes = [node.name or "" for node in ir.load(tmp_path / "out" / "model.onnx").graph]
+    assert not [name for name in nodes if "lora" in name]
+    assert generate(tmp_path / "out", PROMPT, LENGTH) == case.expected
