@@ -21,11 +21,24 @@ from loracc.dtypes import Array
 from loracc.errors import InputError, require
 from loracc.tensors import dims
 
-__all__ = ["RUNNERS", "OnnxRunner", "RunError", "Runner", "TimedCall", "onnxruntime", "open_runner", "wall_clock"]
+__all__ = [
+    "PROVIDERS",
+    "RUNNERS",
+    "OnnxRunner",
+    "RunError",
+    "Runner",
+    "TimedCall",
+    "first_line",
+    "onnxruntime",
+    "open_runner",
+    "session_options",
+    "wall_clock",
+]
 
 #: Weights up to this many bytes stay in the model's own bytes: shapes and axes must be readable when it is loaded.
 _INLINE_BYTES = 1 << 10
-_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+#: What the runtime calls the devices.
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _QUIET = 3  # errors only
 
 
@@ -147,7 +160,7 @@ class OnnxRunner:
     ) -> None:
         ort = onnxruntime()
         self.name = f"onnxruntime {ort.__version__} {provider}"
-        if _PROVIDERS[provider] not in ort.get_available_providers():
+        if PROVIDERS[provider] not in ort.get_available_providers():
             raise RunError(
                 f"onnxruntime {ort.__version__} here has no {provider} provider.",
                 hint="Run: pip install 'loracc[gpu]' in place of loracc[cpu]" if provider == "cuda" else None,
@@ -165,29 +178,47 @@ class OnnxRunner:
         if isinstance(model, ir.Model):
             source = self._hand_over(model, options)
         try:
-            self._session = ort.InferenceSession(source, options, providers=[_PROVIDERS[provider]])
+            self._session = ort.InferenceSession(source, options, providers=[PROVIDERS[provider]])
         except Exception as error:  # onnxruntime's exceptions have no common base of their own
-            raise RunError(f"onnxruntime {ort.__version__} does not load the model: {_first_line(error)}") from error
-        self.inputs = [value.name for value in self._session.get_inputs()]
-        self.outputs = [value.name for value in self._session.get_outputs()]
+            raise RunError(f"onnxruntime {ort.__version__} does not load the model: {first_line(error)}") from error
+        self._name_values()
         self._adapter, self._run_options = _activated(ort, adapter)
+
+    @classmethod
+    def of(cls, session: Any, provider: str = "cpu") -> OnnxRunner:
+        """A runner on an ``onnxruntime.InferenceSession`` that is open already."""
+        runner = cls.__new__(cls)
+        runner.name = f"onnxruntime {onnxruntime().__version__} {provider}"
+        runner._session, runner._held = session, []
+        runner._adapter, runner._run_options = None, None
+        runner._name_values()
+        return runner
+
+    @property
+    def session(self) -> Any:
+        """The ``onnxruntime.InferenceSession``."""
+        return self._session
+
+    def _name_values(self) -> None:
+        self.inputs: list[str] = [value.name for value in self._session.get_inputs()]
+        self.outputs: list[str] = [value.name for value in self._session.get_outputs()]
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         ort = onnxruntime()
         missing = [name for name in self.inputs if name not in inputs]
         if missing:
             raise RunError(f"no value for the model's inputs {', '.join(missing)}.", hint="Give them with --inputs.")
-        feeds = {name: _ort_value(ort, inputs[name]) for name in self.inputs}
+        feeds = {name: ort_value(ort, inputs[name]) for name in self.inputs}
         try:
             results = self._session.run_with_ort_values(self.outputs, feeds, self._run_options)
         except Exception as error:  # as above
-            raise RunError(f"onnxruntime {ort.__version__} does not run the model: {_first_line(error)}") from error
+            raise RunError(f"onnxruntime {ort.__version__} does not run the model: {first_line(error)}") from error
         return {name: _array(value) for name, value in zip(self.outputs, results, strict=True)}
 
     def prepared(self, inputs: Mapping[str, Array]) -> Callable[[], None]:
         """A call that only runs: inputs handed over before, outputs left to the runtime. For timing."""
         ort = onnxruntime()
-        feeds = {name: _ort_value(ort, inputs[name]) for name in self.inputs}
+        feeds = {name: ort_value(ort, inputs[name]) for name in self.inputs}
         session, outputs, options = self._session, self.outputs, self._run_options
 
         def once() -> None:
@@ -215,7 +246,7 @@ class OnnxRunner:
                         value.const_value = ir.Tensor(tensor.numpy().copy(), dtype=tensor.dtype, name=name)
                     continue
                 array = np.ascontiguousarray(tensor.numpy())
-                self._held.append(_ort_value(ort, array))
+                self._held.append(ort_value(ort, array))
                 names.append(name)
                 kept.append((value, tensor))
                 value.const_value = ir.ExternalTensor(
@@ -238,7 +269,7 @@ def _activated(ort: Any, adapter: Path | None) -> tuple[Any, Any]:
     try:
         loaded.Load(str(adapter))
     except Exception as error:  # onnxruntime's exceptions have no common base of their own
-        raise RunError(f"{adapter}: onnxruntime does not load the adapter: {_first_line(error)}") from error
+        raise RunError(f"{adapter}: onnxruntime does not load the adapter: {first_line(error)}") from error
     options = ort.RunOptions()
     options.add_active_adapter(loaded)
     return loaded, options
@@ -256,8 +287,8 @@ def session_options(*, threads: int = 0, optimize: bool = True) -> Any:
     return options
 
 
-def _ort_value(ort: Any, array: Array) -> Any:
-    """numpy has no bfloat16: its bits travel as uint16 under their own type."""
+def ort_value(ort: Any, array: Array) -> Any:
+    """An ``OrtValue`` on the array. numpy has no bfloat16: its bits travel as uint16 under their own type."""
     array = np.ascontiguousarray(array) if array.ndim else array
     if array.dtype == ml_dtypes.bfloat16:
         return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array.view(np.uint16), int(ir.DataType.BFLOAT16))
@@ -275,5 +306,6 @@ def _array(value: Any) -> Array:
     return np.asarray(value.numpy())
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What an exception says, without the runtime's own stack."""
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,135 @@
+"""The base of a deployment, opened once: its graph, and its data files mapped into memory for all sessions.
+
+After :class:`SharedBase` has been made nothing is read from the base's files by name any more: they may be deleted or
+replaced, and every variant is still folded from, and shares, the bytes that were checked. (A file that is *truncated in
+place* takes its mapped pages with it, as for any program that maps it: replace files, never overwrite them.)
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from loracc.dtypes import Array
+from loracc.errors import InputError
+from loracc.folded import Binding, FoldedTensor
+from loracc.model import BaseModel, LoadOptions
+from loracc.rows import give_back, mapped
+from loracc.runtime.manifest import Manifest, contained
+from loracc.runtime.variant_graph import variant_graph
+from loracc.sources.onnx_model import load_onnx
+from loracc.targets.onnx_file import graph_bytes, initializers
+from loracc.tensors import PermutedTensor, dims, lies_in_file
+
+__all__ = ["SessionSource", "SharedBase"]
+
+#: Changed weights of fewer bytes are written into the graph.
+_INLINE_BYTES = 1024
+#: Weights folded at a time.
+_WORKERS = min(4, os.cpu_count() or 1)
+
+
+@dataclass(frozen=True)
+class SessionSource:
+    """What a session is made of.
+
+    Attributes:
+        graph: The serialized graph; every large weight is a reference into one of ``files``.
+        files: By the name the graph has for them: the base's data files, mapped, and each weight of the variant's own.
+    """
+
+    graph: bytes
+    files: dict[str, Array]
+
+
+class SharedBase:
+    """See the module's docstring.
+
+    Args:
+        path: The manifest's path.
+        manifest: What it says.
+        verify: Read the data files whole to check them.
+
+    Raises:
+        InputError: A file is missing, or not the one that the manifest was made for.
+    """
+
+    def __init__(self, path: Path, manifest: Manifest, *, verify: bool = False) -> None:
+        graph = contained(path, manifest.graph.path)
+        manifest.graph.check(graph, whole=True)
+        self._content = graph.read_bytes()
+        self._files: dict[str, Array] = {}
+        for file in manifest.weights:
+            real = contained(path, file.path)
+            file.check(real, whole=verify)
+            self._files[os.path.relpath(path.parent / file.path, path.parent)] = mapped(real)
+        self._names = {str(contained(path, name)): name for name in self._files}
+        self.model: BaseModel = load_onnx(graph, LoadOptions())
+        for tensor in (value.const_value for value in initializers(self.model.ir)):
+            if isinstance(tensor, ir.ExternalTensor) and tensor.path not in self._names:
+                raise InputError(
+                    f"{path}: the graph's weights lie in {tensor.path}, which the manifest does not name.",
+                    hint="Restore the manifest, or attach the adapters again.",
+                )
+
+    def base(self) -> SessionSource:
+        """The base itself: the file's own bytes."""
+        return SessionSource(self._content, dict(self._files))
+
+    def variant(self, bindings: Sequence[Binding]) -> SessionSource:
+        """The base with deltas folded in; computed here.
+
+        Raises:
+            NumericsError: A folded weight is not finite.
+        """
+        graph = variant_graph(self.model.ir, self.model.sites, bindings)
+        places: dict[ir.Value, ir.TensorProtocol] = {}
+        own: dict[str, ir.TensorProtocol] = {}
+        for value in initializers(graph):
+            tensor = value.const_value
+            if isinstance(tensor, ir.ExternalTensor):
+                places[value] = _reference(tensor, self._names[tensor.path], tensor.offset or 0)
+            elif isinstance(tensor, FoldedTensor | PermutedTensor):
+                tensor = value.const_value = self._in_memory(tensor)
+                if tensor.nbytes >= _INLINE_BYTES:
+                    file = f"{len(own)}.changed"
+                    own[file] = tensor
+                    places[value] = _reference(tensor, file, 0)
+        with ThreadPoolExecutor(_WORKERS) as pool:
+            changed = dict(zip(own, pool.map(_bytes_of, own.values()), strict=True))
+        return SessionSource(graph_bytes(graph, places, self.model.path), {**self._files, **changed})
+
+    def release(self) -> None:
+        """Let the system have the pages that sessions have packed into copies; they are read again on demand."""
+        for data in self._files.values():
+            give_back(data)
+
+    def _in_memory(self, tensor: ir.TensorProtocol) -> ir.TensorProtocol:
+        """The same computation on the mapped bytes in place of the file."""
+        if isinstance(tensor, FoldedTensor):
+            return FoldedTensor(self._in_memory(tensor.base), tensor.bindings)
+        if isinstance(tensor, PermutedTensor):
+            return PermutedTensor(self._in_memory(tensor.base), tensor.perm, tensor.name)
+        if not isinstance(tensor, ir.ExternalTensor) or not lies_in_file(tensor):
+            return tensor
+        data = self._files[self._names[tensor.path]]
+        offset = tensor.offset or 0
+        array: Array = data[offset : offset + tensor.nbytes].view(tensor.dtype.numpy()).reshape(dims(tensor))
+        return ir.Tensor(array if array.flags.aligned else array.copy(), dtype=tensor.dtype, name=tensor.name)
+
+
+def _bytes_of(tensor: ir.TensorProtocol) -> Array:
+    """A tensor computed, as bytes."""
+    array: Array = np.ascontiguousarray(tensor.numpy()).reshape(-1).view(np.uint8)
+    return array
+
+
+def _reference(tensor: ir.TensorProtocol, location: str, offset: int) -> ir.ExternalTensor:
+    shape = ir.Shape(dims(tensor))
+    return ir.ExternalTensor(location, offset, tensor.nbytes, tensor.dtype, shape=shape, name=str(tensor.name))
