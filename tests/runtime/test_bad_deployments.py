@@ -38,7 +38,10 @@ def set_path(content: dict[str, Any], path: str, *, where: str = "graph") -> Non
 
 
 def overwrite(name: str, content: bytes) -> Edit:
-    return lambda folder: (folder / name).write_bytes(content) and None
+    def edit(folder: Path) -> None:
+        (folder / name).write_bytes(content)
+
+    return edit
 
 
 def flip(name: str, at: int) -> Edit:

@@ -34,8 +34,8 @@ def test_a_variant_has_the_bits_of_the_folded_model_and_the_base_its_own(tmp_pat
             expected = outputs(tmp_path / f"{name}.onnx", feed())[0]
             np.testing.assert_array_equal(opened.run(name, feed())["y"], expected)
         plain = outputs(tmp_path / "base.onnx", feed())[0]
-        for name in (None, "base"):
-            np.testing.assert_array_equal(opened.run(name, feed())["y"], plain)
+        for same in (None, "base"):
+            np.testing.assert_array_equal(opened.run(same, feed())["y"], plain)
         assert np.abs(opened.run("a", feed())["y"] - plain).max() > 0.1
     np.testing.assert_array_equal(outputs(path, feed())[0], plain)
 
