@@ -15,7 +15,8 @@ __all__ = ["describe_adapter", "describe_model", "inspect"]
 
 
 def inspect(path: str | Path, *, alpha: float | None = None, allow_pickle: bool = False) -> dict[str, Any]:
-    """Describe ``path``: ``{"kind": "model"|"adapter", "format", ...}``. Nothing is traced and no weight is read.
+    """Describe ``path``: ``{"kind": "model"|"adapter", "format", ...}``. Nothing is traced; weights are read only
+    where a graph adds something low-rank to them.
 
     Raises:
         InputError: It is neither a model nor an adapter that loracc reads.
@@ -79,6 +80,7 @@ def describe_model(model: BaseModel) -> dict[str, Any]:
             "outputs": [f"{value.name}: {value.type}{value.shape}" for value in graph.outputs],
             "ops": dict(Counter(node.op_type for node in graph.all_nodes()).most_common()),
         }
+        found["lora"] = _lora_inside(model)
     provenance = {key: value for key, value in model.ir.metadata_props.items() if key.startswith("loracc.")}
     provenance.pop("loracc.sites", None)
     if provenance:
@@ -95,6 +97,27 @@ def describe_model(model: BaseModel) -> dict[str, Any]:
         for site in model.sites
     ]
     return found
+
+
+def _lora_inside(model: BaseModel) -> dict[str, Any]:
+    """The LoRA that ``fold`` without an adapter would fold, and what looks like it with the reason that it is left."""
+    from loracc.passes.raise_lora import raise_lora
+
+    raised = raise_lora(model.ir.clone())
+    return {
+        "found": [
+            {
+                "name": binding.site.name if binding.site.module else "",
+                "kind": binding.delta.kind,
+                "rank": binding.delta.rank,
+                "scale": binding.delta.scale,
+                "adapter": binding.adapter,
+                "initializer": binding.site.initializer,
+            }
+            for binding in raised.bindings
+        ],
+        "lookalikes": [{"where": rejected.where, "reason": rejected.reason} for rejected in raised.rejected],
+    }
 
 
 def _stored_shape(model: BaseModel, initializer: str) -> tuple[int, ...]:

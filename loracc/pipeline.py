@@ -41,6 +41,7 @@ class FoldResult:
         notes: What the user should know.
         dry_run: Nothing was written.
         bytes: Size of the output in bytes.
+        saved_adapter: Where the LoRA found in the graph was written as an adapter.
     """
 
     output: str
@@ -51,6 +52,7 @@ class FoldResult:
     notes: list[str] = field(default_factory=list)
     dry_run: bool = False
     bytes: int = 0
+    saved_adapter: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The contract of ``fold --json`` (DESIGN.md 2)."""
@@ -63,6 +65,8 @@ class FoldResult:
             "notes": self.notes,
             "bytes": self.bytes,
         }
+        if self.saved_adapter is not None:
+            result["saved_adapter"] = self.saved_adapter
         if self.dry_run:
             result["dry_run"] = True
         return result
@@ -83,6 +87,7 @@ def fold(
     dtype: str | None = None,
     external: str = "auto",
     verify: bool = True,
+    save_adapter: Path_ | None = None,
     reports: Sequence[Path_] = (),
     dry_run: bool = False,
     force: bool = False,
@@ -103,6 +108,7 @@ def fold(
         dtype: "fp32", "fp16" or "bf16": dtype of the weights written; the model's own when None.
         external: Where an ``.onnx`` keeps its weights: "auto", "inline", "data" or "link".
         verify: Prove the result before it is moved into place.
+        save_adapter: Folder to write the LoRA found in the graph to, as a PEFT adapter.
         reports: ``.json`` files to write the result to.
         dry_run: Plan only.
         force: Replace the output if it exists.
@@ -117,17 +123,23 @@ def fold(
     from loracc.formats import parse_adapter_spec
     from loracc.job import Job
     from loracc.report import check_reports, write_report
+    from loracc.save_raised import check_saving, saved_adapter
 
     job = Job.of(output, dtype, external, progress)
     specs = [parse_adapter_spec(str(adapter)) for adapter in adapters]
     inputs = [Path(model), *(Path(spec.path) for spec in specs)]
     job.check(inputs, force=force or dry_run)
     check_reports(reports, [*inputs, job.output])
+    check_saving(save_adapter, specs, [*inputs, job.output], force=force or dry_run)
     load, told = _split(options)
     read = read_adapters(specs, told, combine=combine, density=density, rank=rank, seed=seed)
     with job.base(_load(model, load, graph=job.target.needs_graph)) as loaded:
         lowered = _lower(loaded, read, job, maps, allow_unmatched, original)
-        result = _plan(lowered, job) if dry_run else _write(lowered, job, inputs, force=force, verify=verify)
+        found = lowered.bound.bindings
+        with saved_adapter(save_adapter, lowered.base, found, inputs, force=force, dry_run=dry_run):
+            result = _plan(lowered, job) if dry_run else _write(lowered, job, inputs, force=force, verify=verify)
+    if save_adapter is not None:
+        result.saved_adapter = str(save_adapter)
     for path in reports:
         write_report(result.to_json(), path)
     return result

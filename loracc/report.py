@@ -83,6 +83,8 @@ def print_fold(result: FoldResult, console: Console) -> None:
     done = "Would write" if result.dry_run else "Wrote"
     files = f"; {', '.join(result.files)}" if len(result.files) > 1 else ""
     console.print(Text(f"{done} {result.output} ({_bytes(result.bytes)}{files})"))
+    if result.saved_adapter is not None:
+        console.print(Text(f"{done} {result.saved_adapter} (the LoRA of the graph, as a PEFT adapter)"))
 
 
 def print_verification(verification: Verification, console: Console) -> None:
@@ -158,6 +160,8 @@ def print_inspection(found: dict[str, Any], console: Console, *, sites: bool = F
     table.add_column("field", style="dim")
     table.add_column("value", overflow="fold")
     for key, value in found.items():
+        if key == "lora":
+            continue
         if key in ("sites", "entries"):
             table.add_row(key, str(len(value)))
         elif isinstance(value, dict):
@@ -167,6 +171,8 @@ def print_inspection(found: dict[str, Any], console: Console, *, sites: bool = F
         else:
             table.add_row(key, str(value))
     console.print(table)
+    if "lora" in found:
+        _print_lora(found["lora"], console)
     rows = found.get("entries") or (found.get("sites") if sites else None) or []
     if rows:
         listing = Table(box=None, pad_edge=False)
@@ -177,6 +183,23 @@ def print_inspection(found: dict[str, Any], console: Console, *, sites: bool = F
         console.print(listing)
         if not sites and len(rows) > _SHOWN:
             console.print(Text(f"... and {len(rows) - _SHOWN} more (--sites or --json lists all)"))
+
+
+def _print_lora(lora: dict[str, Any], console: Console) -> None:
+    """LoRA inside a graph, and what only looks like it."""
+    if lora["found"]:
+        places = len({row["name"] or row["initializer"] for row in lora["found"]})
+        console.print(Text(f"LoRA in the graph: {counted(len(lora['found']), 'delta')} at {counted(places, 'weight')}"))
+        listing = Table(box=None, pad_edge=False)
+        for column in lora["found"][0]:
+            listing.add_column(column, overflow="fold")
+        for row in lora["found"][:_SHOWN]:
+            listing.add_row(*("-" if value in (None, "") else str(value) for value in row.values()))
+        console.print(listing)
+        if len(lora["found"]) > _SHOWN:
+            console.print(Text(f"... and {len(lora['found']) - _SHOWN} more (--json lists all)"))
+    for row in lora["lookalikes"]:
+        console.print(Text(f"looks like LoRA and is not: {row['where']}: {row['reason']}"))
 
 
 def check_reports(paths: Sequence[str | Path], others: Sequence[Path], *, endings: Sequence[str] = (".json",)) -> None:

@@ -26,7 +26,7 @@ LAYERS = (
     ("report.*", "bench_files", "inspection"),
     ("lower", "job"),
     ("content",),
-    ("binding", "combine"),
+    ("binding", "save_raised", "combine"),
     ("pipeline", "engine", "runtime.*", "convert", "extract"),
     ("commands.*",),
     ("cli",),

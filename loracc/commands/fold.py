@@ -29,6 +29,7 @@ Examples:
   loracc fold other.onnx adapter/ --base hf_folder/ -o out.onnx     weights without names: by their values
   loracc fold base.onnx lora.safetensors --alpha 16 -o out.onnx
   loracc fold model.pt --allow-pickle --input x:float32[2,8] adapter/ -o out.onnx
+  loracc fold lora_model.pt2 -o out.onnx --save-adapter found/   LoRA inside the graph, and as a PEFT adapter
 
 \b
 OUT decides the target: .onnx, .pt2, .safetensors, or a folder (merged checkpoint).
@@ -54,6 +55,12 @@ ADAPTER is a file or a folder, optionally NAME=PATH to name it and PATH@0.7 for 
     type=click.Choice(["auto", "inline", "data", "link"]),
     default="auto",
     help="Where an .onnx keeps its weights: inside, in OUT.data, or (link) unchanged ones in the base's own data file.",
+)
+@click.option(
+    "--save-adapter",
+    metavar="DIR",
+    type=click.Path(),
+    help="Also write the LoRA that is found in MODEL's graph as a PEFT adapter.",
 )
 @click.option("--no-verify", is_flag=True, help="Do not check the result before moving it into place.")
 @click.option(
