@@ -6,12 +6,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loracc.binding import bind_adapters, raise_adapters, read_adapters
 from loracc.errors import CheckFailed, InputError
+from loracc.fold_result import FoldResult
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -26,50 +27,6 @@ if TYPE_CHECKING:
 __all__ = ["FoldResult", "bench", "fold", "verify"]
 
 Path_ = str | Path
-
-
-@dataclass
-class FoldResult:
-    """What a fold made.
-
-    Attributes:
-        output: The destination.
-        files: Names of the files written, beside the destination, in the order in which they were moved into place.
-        sites: One row per delta folded: name, kind, rank, scale, relative_norm, survived, adapter, way.
-        unmatched: Adapter keys that fit nowhere (only with ``allow_unmatched``).
-        verification: The verdict on what was written; None with ``verify=False``.
-        notes: What the user should know.
-        dry_run: Nothing was written.
-        bytes: Size of the output in bytes.
-        saved_adapter: Where the LoRA found in the graph was written as an adapter.
-    """
-
-    output: str
-    files: list[str]
-    sites: list[dict[str, Any]]
-    unmatched: list[str]
-    verification: Verification | None
-    notes: list[str] = field(default_factory=list)
-    dry_run: bool = False
-    bytes: int = 0
-    saved_adapter: str | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """The contract of ``fold --json`` (DESIGN.md 2)."""
-        result: dict[str, Any] = {
-            "output": self.output,
-            "files": self.files,
-            "sites": self.sites,
-            "unmatched": self.unmatched,
-            "verification": self.verification.to_json() if self.verification else {"verdict": "skipped"},
-            "notes": self.notes,
-            "bytes": self.bytes,
-        }
-        if self.saved_adapter is not None:
-            result["saved_adapter"] = self.saved_adapter
-        if self.dry_run:
-            result["dry_run"] = True
-        return result
 
 
 def fold(

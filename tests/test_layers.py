@@ -26,7 +26,7 @@ LAYERS = (
     ("report.*", "bench_files", "inspection"),
     ("lower", "job"),
     ("content",),
-    ("binding", "save_raised", "combine"),
+    ("binding", "fold_result", "save_raised", "combine"),
     ("pipeline", "engine", "runtime.*", "convert", "extract"),
     ("commands.*",),
     ("cli",),
