@@ -12,6 +12,9 @@ from loracc.tensors import dims
 
 __all__ = ["explain_miss"]
 
+#: Names that are listed of many.
+_SHOWN = 3
+
 
 def explain_miss(match: ContentMatch, model: ir.Model, name: str) -> str:
     """Why there is no site of this name; "" where the checkpoint says nothing about it.
@@ -26,8 +29,9 @@ def explain_miss(match: ContentMatch, model: ir.Model, name: str) -> str:
         return "the base has no such parameter"
     if full in match.ambiguous:
         where = " and ".join(repr(initializer) for initializer in match.ambiguous[full])
-        rivals = ", ".join(_equals(match, full))
-        equal = f", which are those of {rivals} too" if rivals else ""
+        rivals = _equals(match, full)
+        more = f" and {len(rivals) - _SHOWN} others" if len(rivals) > _SHOWN else ""
+        equal = f", which are those of {', '.join(rivals[:_SHOWN])}{more} too," if rivals else ""
         return f"its values{equal} are in {where}, and nothing tells which of them it is"
     if full in match.cut:
         return f"its values are in {match.cut[full]!r}, side by side with others along the input axis"

@@ -77,6 +77,15 @@ _OPERANDS: Mapping[str, Mapping[int, tuple[str, str]]] = {
     },
     "BiasGelu": {1: ("bias", "bias")},
     "FastGelu": {1: ("bias", "bias")},
+    "BiasAdd": {1: ("bias", "bias")},
+    "BiasSplitGelu": {1: ("bias", "bias")},
+    "EmbedLayerNormalization": {
+        2: ("embedding", "weight"),
+        3: ("embedding", "weight"),
+        4: ("embedding", "weight"),
+        5: ("norm", "weight"),
+        6: ("norm", "bias"),
+    },
 }
 #: Matrix products: op -> (attribute that transposes input 0, the one that transposes input 1).
 _PRODUCTS = {"MatMul": ("", ""), "Gemm": ("transA", "transB"), "FusedMatMul": ("transA", "transB")}

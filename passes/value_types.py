@@ -18,6 +18,10 @@ from loracc.quiet import quiet
 __all__ = ["allows", "fill_types", "schema_of", "type_string"]
 
 _ONNX_DOMAINS = ("", "ai.onnx")
+#: onnxruntime's operators with float inputs and, at these outputs, integers.
+_INTEGERS = {"EmbedLayerNormalization": {1}, "BeamSearch": {0}, "GreedySearch": {0}, "Sampling": {0}}
+#: Types that a schema may name outright.
+_LITERALS = {"tensor(int64)": ir.DataType.INT64, "tensor(bool)": ir.DataType.BOOL, "tensor(float)": ir.DataType.FLOAT}
 
 
 def fill_types(model: ir.Model) -> None:
@@ -25,7 +29,8 @@ def fill_types(model: ir.Model) -> None:
 
     1. ONNX's own inference, where some type is missing.
     2. An operator that inference does not know gives its first float input's type to its outputs: true of every contrib
-       operator's data output.
+       operator's data output, and of the quantized ones (``QLinearAdd``) with their first input's.
+    3. Behind such an operator inference has stopped: the schemas say which outputs are of which input's type.
 
     A value that stays without a type is not a float tensor.
     """
@@ -35,9 +40,31 @@ def fill_types(model: ir.Model) -> None:
         ShapeInferencePass(check_type=False, strict_mode=False, data_prop=False)(model)
     for value in _untyped(model):
         node = value.producer()
-        source = next((v.dtype for v in node.inputs if v is not None and _float(v)), None) if node else None
-        if source is not None and schema_of(value.producer(), {}) is None:
-            value.dtype = source
+        schema = schema_of(node, model.graph.opset_imports)
+        if node is not None:
+            source = _contrib_type(node, value) if schema is None else _schema_type(schema, node, value)
+            if source is not None:
+                value.dtype = source
+
+
+def _contrib_type(node: ir.Node, value: ir.Value) -> ir.DataType | None:
+    """Rule 2."""
+    if node.domain == "com.microsoft" and node.outputs.index(value) in _INTEGERS.get(node.op_type, ()):
+        return ir.DataType.INT32
+    first = node.inputs[0] if node.inputs else None
+    if node.op_type.startswith("QLinear") and first is not None:
+        return first.dtype
+    return next((v.dtype for v in node.inputs if v is not None and _float(v)), None)
+
+
+def _schema_type(schema: onnx.defs.OpSchema, node: ir.Node, value: ir.Value) -> ir.DataType | None:
+    """Rule 3. A Cast's type is its attribute's."""
+    if node.op_type == "Cast" and "to" in node.attributes:
+        return ir.DataType(node.attributes["to"].as_int())
+    typed = list(formal_types(schema, node))
+    variable = next(variable for variable, _, other in typed if other is value)
+    known = (v.dtype for other, _, v in typed if other == variable and v.dtype is not None)
+    return next(known, _LITERALS.get(variable))
 
 
 def schema_of(node: ir.Node | None, opset_imports: dict[str, int]) -> onnx.defs.OpSchema | None:

@@ -164,3 +164,57 @@ def test_a_state_dict_is_a_base_too(
         capsys, path, files.adapter, "-o", tmp_path / "out.onnx", "--base", tmp_path / "base.pt", "--no-verify"
     )
     assert {site["way"] for site in result["sites"]} == {"content"}
+
+
+def optimized(graph: ir.Model, folder: Path) -> Path:
+    """A BERT as ONNX Runtime's transformer optimizer fuses it: packed QKV, biases inside other operators."""
+    import logging
+
+    from onnxruntime.transformers import optimizer
+
+    plain = write(graph.clone(), folder / "plain.onnx")
+    logging.disable(logging.CRITICAL)
+    try:
+        made = optimizer.optimize_model(str(plain), model_type="bert", num_heads=4, hidden_size=32, opt_level=0)
+    finally:
+        logging.disable(logging.NOTSET)
+    assert {node.op_type for node in made.model.graph.node} >= {
+        "Attention",
+        "EmbedLayerNormalization",
+        "SkipLayerNormalization",
+        "BiasGelu",
+    }
+    made.save_model_to_file(str(folder / "fused.onnx"))
+    return folder / "fused.onnx"
+
+
+@pytest.mark.parametrize("zeros", [False, True], ids=["trained biases", "fresh biases"])
+def test_bert_fused_by_the_transformer_optimizer(
+    zeros: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Fresh biases are all zero, and the exporter keeps one of them: an adapter that leaves them alone does not care."""
+    import torch
+
+    model = build("bert")
+    model.set_attn_implementation("eager")  # the optimizer's patterns are of that
+    if zeros:
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name.endswith("bias"):
+                    parameter.zero_()
+    base = save_base(model, tmp_path / "base")
+    path = optimized(legacy_text_model(model, text_inputs()), tmp_path)
+    lora: dict[str, Any] = {
+        "target_modules": r".*encoder.*(query|key|value|dense)|.*word_embeddings",
+        "bias": "none" if zeros else "lora_only",
+    }
+    tuned = adapted(model, **lora)
+    tuned.save_pretrained(tmp_path / "adapter")
+    inputs = text_inputs(batch=3, sequence=11)
+    with torch.no_grad():
+        expected = tuned(**torch_inputs(inputs))[0].double().numpy()
+    result = fold(capsys, path, tmp_path / "adapter", "-o", tmp_path / "out.onnx", "--base", base)
+    assert len(result["sites"]) == 12 + (0 if zeros else 12) + 1
+    numbers = result["verification"]["numbers"]
+    assert (numbers["verdict"], numbers["measured_on"]) == ("pass", "outputs"), numbers
+    assert error(tmp_path / "out.onnx", Case(base, tmp_path / "adapter", inputs, expected)) < 1e-5
