@@ -12,6 +12,7 @@ from loracc.adapter import Adapter
 from loracc.folded import Binding, FoldedTensor
 from loracc.model import BaseModel
 from loracc.passes.fold import FoldPass
+from loracc.passes.link_biases import LinkBiases
 from loracc.passes.retype import RetypePass, recast
 from loracc.passes.unshare import Clone, UnsharePass
 from loracc.sites import SiteTable, write_records
@@ -36,6 +37,7 @@ def lower(model: BaseModel, dtype: ir.DataType | None = None) -> BaseModel:
     unshare = UnsharePass(model.sites)
     unshare(graph)
     FoldPass()(graph)
+    LinkBiases()(graph)
     if dtype is not None:
         _change_dtype(graph, dtype, traced=model.traced)
     if model.traced:

@@ -24,13 +24,13 @@ from loracc.dtypes import Array, round_to
 from loracc.encodings.decoded import DecodedTensor
 from loracc.encodings.encoded_weight import EncodedWeight
 from loracc.encodings.grid import Grid
-from loracc.errors import NumericsError
+from loracc.errors import NumericsError, UnsupportedError
 from loracc.folded import Binding, FoldedTensor
 from loracc.rows import ArrayRows, Rows
 from loracc.sites import Layout
 from loracc.tensors import TiledTensor, dims, open_rows
 
-__all__ = ["CodesTensor", "RequantizedTensor", "Totals", "turned_layout"]
+__all__ = ["CodesTensor", "RequantizedTensor", "Totals", "followed", "turned_layout"]
 
 
 @dataclass
@@ -64,10 +64,19 @@ class RequantizedTensor(FoldedTensor):
         base: The decoded weight.
         bindings: As for :class:`FoldedTensor`.
         dither: Round at random and not to nearest, seeded: what an independent rounding on the same grid would give.
+        leader: The weight of the operator that this is the bias of. A runtime that computes in integers adds the codes
+            of a bias to products of codes, so its scale is (scale of x) · (scale of W) and changes as that of W does.
     """
 
-    def __init__(self, base: DecodedTensor, bindings: Sequence[Binding], dither: int | None = None) -> None:
+    def __init__(
+        self,
+        base: DecodedTensor,
+        bindings: Sequence[Binding],
+        dither: int | None = None,
+        leader: RequantizedTensor | None = None,
+    ) -> None:
         super().__init__(base, bindings)
+        self.leader = leader
         self.decoded = base
         self.weight: EncodedWeight = base.weight
         self.dither = dither
@@ -105,6 +114,11 @@ class RequantizedTensor(FoldedTensor):
         if self.weight.zeros is not None:
             made["zeros"] = _GridTensor(self, "zeros")
         return made
+
+    def pinned(self, reason: str) -> RequantizedTensor:
+        """The same fold with the scales and zero points that there are."""
+        base = self.decoded.with_weight(self.weight.with_pin(reason))
+        return RequantizedTensor(base, self.bindings, self.dither)
 
     def exact_codes_rows(self, spans: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int, Array]]:
         """``(lo, hi, codes)`` of runs of rows that begin at blocks."""
@@ -144,7 +158,6 @@ class RequantizedTensor(FoldedTensor):
 
     def _settle(self) -> _Settled:
         old, spans = self.weight.grid(), self.weight.spans()
-        rule = self.weight.rule()
         touched = np.zeros(old.scales.shape, bool)
         least, most = np.full(old.scales.shape, np.inf), np.full(old.scales.shape, -np.inf)
         for lo, hi, original, exact in self._pairs(spans):
@@ -152,7 +165,11 @@ class RequantizedTensor(FoldedTensor):
             touched[rows] |= blocks.reduce(np.logical_or, exact != original)
             least[rows] = np.minimum(least[rows], blocks.reduce(np.minimum, exact))
             most[rows] = np.maximum(most[rows], blocks.reduce(np.maximum, exact))
-        new = old if self.weight.pinned else rule.fit(least, most, old)
+        if self.leader is not None:
+            new = followed(old, self.leader.weight.grid(), self.leader.settled.grid, self.weight.scales.dtype)
+            touched |= new.scales != old.scales
+            return self._choose(new, new, touched, spans)
+        new = old if self.weight.pinned else self.weight.rule().fit(least, most, old)
         return self._choose(old, new, touched, spans)
 
     def _choose(self, old: Grid, new: Grid, touched: Array, spans: Sequence[tuple[int, int]]) -> _Settled:
@@ -244,6 +261,25 @@ class _GridTensor(ir.LazyTensor):
 
     def __repr__(self) -> str:
         return f"_GridTensor<{self.dtype},{self.shape}>(name={self.name!r})"
+
+
+def followed(bias: Grid, before: Grid, after: Grid, dtype: ir.DataType) -> Grid:
+    """A bias's grid once the scales of its operator's weight have changed: changed by the same factors.
+
+    Raises:
+        UnsupportedError: The weight has another scale for each of several blocks of one output.
+    """
+    with np.errstate(divide="ignore", invalid="ignore"):
+        factors = np.where(before.scales == after.scales, 1.0, after.scales / before.scales).ravel()
+    if factors.size not in (1, bias.blocks.shape[0]):
+        raise UnsupportedError(
+            f"a bias of {bias.blocks.shape[0]} integers cannot follow a weight of {factors.size} scales.",
+            hint="Fold into the float model and quantize the result.",
+        )
+    scales = np.broadcast_to(bias.scales * factors, max(bias.scales.shape, factors.shape, key=len))
+    if scales.size != bias.scales.size:
+        scales = scales.max(keepdims=True)
+    return replace(bias, scales=round_to(scales.reshape(bias.scales.shape), dtype).astype(np.float64))
 
 
 def turned_layout(layout: Layout) -> Layout:

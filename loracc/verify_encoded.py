@@ -59,7 +59,11 @@ class _Found:
 
 
 def check_encoded(
-    name: str, before: DecodedTensor, after: DecodedTensor, bindings: Sequence[Binding]
+    name: str,
+    before: DecodedTensor,
+    after: DecodedTensor,
+    bindings: Sequence[Binding],
+    leader: tuple[DecodedTensor, DecodedTensor] | None = None,
 ) -> tuple[WeightSite, float]:
     """One bound weight of the output; the norm of ΔW.
 
@@ -68,13 +72,19 @@ def check_encoded(
         before: The base's weight, with its original where the fold began there.
         after: The output's.
         bindings: The deltas.
+        leader: Of the bias of an integer operator: that operator's weight in the base and in the output. The bias's
+            scale is then that weight's times a constant, and rules 1 to 3 are about the weight only.
     """
     weight, made = before.weight, after.weight
     if other := weight.same_scheme(made):
         return _unlike(name, weight, bindings, other), 0.0
     original, exact = _oracle(before, after, bindings)
     touched = weight.blocks.reduce(np.logical_or, exact != original)
-    reasons = _grid_reasons(weight, made, exact, touched)
+    if leader is None:
+        reasons = _grid_reasons(weight, made, exact, touched)
+    else:
+        touched = np.ones_like(touched)
+        reasons = _follows(weight, made, *(tensor.weight for tensor in leader))
     found, grid = _Found(), made.grid()
     for lo, hi in weight.spans():
         changed = weight.blocks.expand(touched[weight.blocks.rows(lo, hi)], hi - lo)
@@ -178,6 +188,17 @@ def _grid_reasons(weight: EncodedWeight, made: EncodedWeight, exact: Array, touc
     if worse.any():
         reasons.append(f"{int(worse.sum())} blocks lose more than with the scale they had")
     return reasons
+
+
+def _follows(weight: EncodedWeight, made: EncodedWeight, before: EncodedWeight, after: EncodedWeight) -> list[str]:
+    """Whether the ratio of a bias's scale to its weight's is what it was, and its zero points too."""
+    old, new = (
+        bias.grid().scales.ravel() / lead.grid().scales.ravel() for bias, lead in ((weight, before), (made, after))
+    )
+    if np.abs(new - old).max(initial=0.0) > 2.0**-21 * np.abs(old).max(initial=0.0):
+        return ["a bias's scale is not the one that its operator's weight asks for"]
+    same = np.array_equal(weight.grid().zeros, made.grid().zeros)
+    return [] if same else ["a bias has other zero points"]
 
 
 def _by_rule(weight: EncodedWeight, new: Grid, least: Array, most: Array) -> Array:

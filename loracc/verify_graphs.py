@@ -18,6 +18,7 @@ from loracc.folded import Binding, annotate, clear_bindings
 from loracc.model import BaseModel
 from loracc.passes.encode_weights import encoded
 from loracc.passes.fold import FoldPass
+from loracc.passes.link_biases import LinkBiases
 from loracc.passes.retype import RetypePass
 from loracc.passes.unfuse import Tap, UnfusePass
 from loracc.passes.unshare import UnsharePass
@@ -143,6 +144,7 @@ def rounded_at_random(base: BaseModel, bindings: Sequence[Binding], seed: int) -
         tensor = value.const_value
         if isinstance(tensor, RequantizedTensor):
             value.const_value = RequantizedTensor(tensor.decoded, tensor.bindings, dither=seed + 1)
+    LinkBiases()(graph)
     note = "what quantization costs is measured with the same grids and weights rounded to them at random"
     return replace(as_written(encoded(graph), graph), notes=(note,))
 

@@ -16,6 +16,7 @@ import onnx_ir as ir
 from loracc.dtypes import Array, is_float, round_to, unit_roundoff
 from loracc.encodings.decoded import DecodedTensor
 from loracc.folded import Binding, FoldedTensor
+from loracc.passes.link_biases import linked_biases
 from loracc.passes.unshare import delta_digest
 from loracc.progress import NoProgress, Progress
 from loracc.sites import Layout
@@ -55,17 +56,22 @@ def check_weights(
     sites: list[WeightSite] = []
     changed: list[str] = []
     untouched = effect = 0.0
+    leaders = _leaders(base, out, pairs, bindings)
     seen: set[int] = set()
     for pair in pairs:
         before, after = _tensor(ours[pair.base]), _tensor(theirs[pair.out])
         here = _of_pair(pair, bindings)
+        leader = leaders.get(pair.base)
         seen.update(map(id, here))
-        if not here:
+        if not here and leader and isinstance(before, DecodedTensor) and isinstance(after, DecodedTensor):
+            site, _ = check_encoded(pair.out, before, after, (), leader)
+            changed += [pair.out] if site.reason else []
+        elif not here:
             same = _same(before, after)
             untouched += same
             changed += [] if same else [pair.out]
         elif isinstance(before, DecodedTensor) and isinstance(after, DecodedTensor):
-            site, moved = check_encoded(pair.out, before, after, _once(here))
+            site, moved = check_encoded(pair.out, before, after, _once(here), leader)
             sites.append(site)
             effect = max(effect, moved)
         elif not _comparable(before, after):
@@ -78,6 +84,20 @@ def check_weights(
     progress.end()
     missing = [binding.site.name for binding in bindings if id(binding) not in seen]
     return _judge(sites, changed, int(untouched), missing, effect)
+
+
+def _leaders(
+    base: ir.Model, out: ir.Model, pairs: Sequence[Pair], bindings: Sequence[Binding]
+) -> dict[str, tuple[DecodedTensor, DecodedTensor]]:
+    """By name of a bias in integers: the changed weight whose scale it follows, in the base and in the output."""
+    places = {pair.base: pair.out for pair in reversed(pairs) if _of_pair(pair, bindings)}
+    found = {}
+    for weight, bias in linked_biases(base):
+        after = out.graph.initializers.get(places.get(str(weight.name), ""))
+        tensors = weight.const_value, after.const_value if after is not None else None
+        if isinstance(tensors[0], DecodedTensor) and isinstance(tensors[1], DecodedTensor):
+            found[str(bias.name)] = (tensors[0], tensors[1])
+    return found
 
 
 def _judge(sites: list[WeightSite], changed: list[str], untouched: int, missing: list[str], effect: float) -> Weights:

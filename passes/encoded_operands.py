@@ -69,18 +69,29 @@ class _Wrong(Exception):
 
 def _dequantize_linear(node: ir.Node) -> Operand | None:
     codes, scales, zeros = _required(node, 0), _tensor(node, 1), _tensor(node, 2)
-    if len(dims(codes)) < 2 or not codes.dtype.is_integer() or codes.dtype.bitwidth > 16:
-        return None  # a bias in int32, an 8-bit float
+    bias = len(dims(codes)) == 1 and codes.dtype == ir.DataType.INT32
+    if not bias and (len(dims(codes)) < 2 or not codes.dtype.is_integer() or codes.dtype.bitwidth > 16):
+        return None  # an 8-bit float, a table of indices
     if scales is None or (zeros is None and _given(node, 2)):
         raise _Wrong("its scales or zero points are computed in the graph")
     shape = dims(codes)
     blocks = _dequantize_blocks(node, shape, dims(scales))
-    if zeros is not None and (dims(zeros) != dims(scales) or zeros.dtype != codes.dtype):
+    alike = zeros is None or dims(zeros) == dims(scales) or (math.prod(dims(zeros)), math.prod(dims(scales))) == (1, 1)
+    if zeros is not None and (not alike or zeros.dtype != codes.dtype):
         raise _Wrong(
             f"its zero points are {zeros.dtype.name}{list(dims(zeros))}; the codes are {codes.dtype.name} and the "
             f"scales {list(dims(scales))}"
         )
-    weight = EncodedWeight(_name(node, 0), node.op_type, codes, scales, zeros, blocks, codes.dtype.bitwidth)
+    weight = EncodedWeight(
+        _name(node, 0),
+        node.op_type,
+        codes,
+        scales,
+        zeros,
+        blocks,
+        codes.dtype.bitwidth,
+        pinned="a bias has the scale of what it is added to" if bias else "",
+    )
     return Operand(weight, _parts(node, 0, 1, 2))
 
 

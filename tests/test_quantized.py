@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 from onnx import numpy_helper
 from safetensors.numpy import load_file
@@ -15,7 +16,7 @@ from loracc.errors import CheckFailed, LoraccError, UnsupportedError
 from loracc.passes.encode_weights import encoded
 from loracc.sources.onnx_model import read_graph
 from loracc.targets.onnx_file import write_onnx
-from tests.quantizing import SCHEMES, adapter, changed, decoded, dynamically_quantized, quantized, tensors
+from tests.quantizing import SCHEMES, VOCABULARY, adapter, changed, decoded, dynamically_quantized, quantized, tensors
 
 
 def change(folder: Path, name: str) -> np.ndarray:
@@ -163,3 +164,33 @@ def test_shared_scales_are_unshared(tmp_path: Path) -> None:
     assert result.verification is not None and result.verification.verdict == "pass"
     assert np.array_equal(decoded(path, "out"), decoded(out, "out"))
     assert not np.array_equal(decoded(path, "fc"), decoded(out, "fc"))
+
+
+def run(path: Path, *, optimize: bool) -> np.ndarray:
+    level = ort.GraphOptimizationLevel
+    options = ort.SessionOptions()
+    options.graph_optimization_level = level.ORT_ENABLE_ALL if optimize else level.ORT_DISABLE_ALL
+    session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return np.asarray(session.run(None, {"ids": np.arange(VOCABULARY)})[0])
+
+
+@pytest.mark.parametrize("scheme", ["QDQ int8", "QDQ int8 per channel", "QDQ uint8"])
+def test_a_bias_in_integers_follows_its_weight(tmp_path: Path, scheme: str) -> None:
+    """The runtime adds the bias's codes to sums of products of codes, whatever scale the graph gives them."""
+    path, out, lora = quantized(tmp_path, scheme, gemm=True), tmp_path / "out.onnx", adapter(tmp_path / "adapter")
+    fold(path, [lora], out)
+    assert {"out.bias_quantized", "out.bias_quantized_scale"} <= changed(path, out)
+    np.testing.assert_allclose(run(out, optimize=True), run(out, optimize=False), rtol=0, atol=1e-6)
+    before, after = (bias_of(path), bias_of(out))
+    step = tensors(out)["out.bias_quantized_scale"].max()
+    np.testing.assert_allclose(before, after, rtol=0, atol=1.01 * step)
+    assert verify(path, out, [lora]).verdict == "pass"
+    for name in ("out.bias_quantized", "out.bias_quantized_scale"):
+        damaged(out, name, tensors(path)[name])
+    result = verify(path, out, [lora])
+    assert result.verdict == "fail" and "out.bias" in result.summary()
+
+
+def bias_of(path: Path) -> np.ndarray:
+    found = tensors(path)
+    return found["out.bias_quantized"].astype(np.float64) * found["out.bias_quantized_scale"].astype(np.float64)

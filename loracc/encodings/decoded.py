@@ -52,6 +52,12 @@ class DecodedTensor(TiledTensor):
             raise ValueError(f"{self.name}: the original is {list(dims(original))}, the weight {list(dims(self))}")
         return self._copy(str(self.name), original)
 
+    def with_weight(self, weight: EncodedWeight) -> DecodedTensor:
+        """Another encoding of a weight of this shape."""
+        return DecodedTensor(
+            weight, str(self.name), self.dtype, turned=self.turned, original=self.original, origin=self.origin
+        )
+
     def _copy(self, name: str, original: ir.TensorProtocol | None) -> DecodedTensor:
         return DecodedTensor(self.weight, name, self.dtype, turned=self.turned, original=original, origin=self.origin)
 
