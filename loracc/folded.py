@@ -6,6 +6,7 @@ import math
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import onnx_ir as ir
@@ -15,6 +16,8 @@ from loracc.blas import one_blas_thread
 from loracc.deltas import Addition, LowRank, StackedLowRank
 from loracc.dtypes import Array, all_finite, compute_dtype, round_to
 from loracc.errors import NumericsError
+from loracc.fused import products_of
+from loracc.kernel import Product
 from loracc.rows import Rows, RowsBase, give_back
 from loracc.sites import Site
 from loracc.tensors import TiledTensor, dims, open_rows, read_rows
@@ -205,14 +208,37 @@ class _FoldedRows(RowsBase):
         self._tensor = tensor
         self._shape = dims(tensor)
         self._step = block_rows(self._shape)
-        self._folding = _Folding(tensor, tensor.compute_dtype)
-        self._exact = np.empty((self._step, *self._shape[1:]) if self._shape else (), tensor.compute_dtype)
+        same = tensor.base.dtype == tensor.dtype
+        sums, bindings = tensor.compute_dtype, tensor.bindings if same else ()
+        self._products = products_of(bindings, self._shape, tensor.dtype.numpy(), sums)
         self._base = open_rows(tensor.base, few=few)
 
     def close(self) -> None:
         self._base.__exit__(None, None, None)
 
+    @cached_property
+    def _folding(self) -> _Folding:
+        return _Folding(self._tensor, self._tensor.compute_dtype)
+
+    @cached_property
+    def _exact(self) -> Array:
+        """Room for one block."""
+        shape = (self._step, *self._shape[1:]) if self._shape else ()
+        return np.empty(shape, self._tensor.compute_dtype)
+
     def fill(self, lo: int, hi: int, out: Array) -> None:
+        if self._products is None or not self._fused(self._products, lo, hi, out):
+            self._blocks(lo, hi, out)
+
+    def _fused(self, products: list[Product], lo: int, hi: int, out: Array) -> bool:
+        """By the kernel; False where something is not finite, which the other way explains."""
+        self._base.fill(lo, hi, out)
+        covered = sum(len(product.rows) * len(product.columns) for product in products) == math.prod(self._shape)
+        finite = [product.add_to(out, lo) for product in products]
+        return all(finite) and (covered or all_finite(out))
+
+    def _blocks(self, lo: int, hi: int, out: Array) -> None:
+        """By numpy, a block of rows at a time."""
         length = self._shape[0] if self._shape else 1
         first, last = lo // self._step * self._step, min(-(-hi // self._step) * self._step, length)
         aligned = (first, last) == (lo, hi)

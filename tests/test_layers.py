@@ -13,9 +13,9 @@ ROOT = Path(__file__).parent.parent
 #: Lowest first. A module belongs to the first layer that has a pattern for it.
 LAYERS = (
     ("errors", "quiet", "deferred", "devices", "combine_methods", "tasks"),
-    ("dtypes", "algebra.*", "blas", "rows"),
+    ("dtypes", "algebra.*", "blas", "rows", "kernel", "_kernels"),
     ("adapter", "deltas", "kinds.*"),
-    ("sites", "tensors"),
+    ("sites", "tensors", "fused"),
     ("encodings.*",),
     ("folded", "requantized", "facts"),
     ("model", "progress"),

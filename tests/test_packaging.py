@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from pathlib import Path
 
@@ -15,7 +17,7 @@ HEAVY = ("torch", "onnxruntime", "transformers", "tensorrt", "peft")
 def test_wheel_has_one_top_level_name(tmp_path: Path) -> None:
     # From a copy: setuptools would pack deleted modules again out of a stale build folder.
     tree = tmp_path / "tree"
-    skip = shutil.ignore_patterns(".*", "build", "tests", "samples", "docs", "*.egg-info", "__pycache__")
+    skip = shutil.ignore_patterns(".*", "*.so", "build", "tests", "samples", "docs", "*.egg-info", "__pycache__")
     shutil.copytree(ROOT, tree, symlinks=True, ignore=skip)
     options = ["--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path)]
     subprocess.run([sys.executable, "-m", "pip", "wheel", *options, str(tree)], check=True, capture_output=True)
@@ -30,6 +32,24 @@ def test_wheel_has_one_top_level_name(tmp_path: Path) -> None:
     }
     assert {name for name in names if name.endswith(".py")} == in_tree
     assert "loracc/py.typed" in names
+    assert "loracc/_kernels.pyi" in names
+    compiler = shutil.which("gcc") or shutil.which("clang")
+    header = Path(sysconfig.get_paths()["include"], "Python.h")
+    built = [name for name in names if name.startswith("loracc/_kernels.") and not name.endswith(".pyi")]
+    assert bool(built) == bool(compiler and header.is_file()), "the kernel is built where it can be, and only there"
+
+
+def test_installs_without_a_compiler(tmp_path: Path) -> None:
+    tree = tmp_path / "tree"
+    skip = shutil.ignore_patterns(".*", "*.so", "build", "tests", "samples", "docs", "*.egg-info", "__pycache__")
+    shutil.copytree(ROOT, tree, symlinks=True, ignore=skip)
+    options = ["--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path)]
+    command = [sys.executable, "-m", "pip", "wheel", *options, str(tree)]
+    subprocess.run(command, check=True, capture_output=True, env={**os.environ, "CC": "false"})
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "loracc/kernel.py" in names
+    assert not [name for name in names if name.endswith((".so", ".pyd"))]
 
 
 def test_help_loads_nothing_heavy() -> None:
