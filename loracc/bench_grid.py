@@ -18,6 +18,7 @@ from loracc.sources import load_model
 from loracc.sources.onnx_model import read_graph
 from loracc.sources.sniff import sniff
 from loracc.sources.user_inputs import read_npz
+from loracc.targets.tensorrt_manifest import PLANS, input_graph, read_manifest
 from loracc.timing_job import TimedModel, time_models
 from loracc.verify_latency import margin_of
 from loracc.verify_ratio import Ratio, Ruling, estimate, rule
@@ -107,6 +108,8 @@ def bench_models(
 def _opened(path: Path, options: BenchOptions) -> _Model:
     if not path.exists():
         raise InputError(f"{path}: no such file.")
+    if path.suffix.lower() in PLANS:
+        return _Model(path, input_graph(read_manifest(path, path.read_bytes())), None)
     graph = read_graph(path) if sniff(path) == "onnx" else load_model(path).ir
     switchable = any(value.name in graph.graph.initializers for value in graph.graph.inputs)
     adapter = Path(options.adapter_file) if options.adapter_file is not None and switchable else None

@@ -140,8 +140,10 @@ def check_engine_name(output: Path_) -> Path:
     Raises:
         InputError: Its name is not an engine's.
     """
+    from loracc.targets.tensorrt_manifest import PLANS
+
     path = Path(output)
-    if path.suffix.lower() not in (".engine", ".plan"):
+    if path.suffix.lower() not in PLANS:
         raise InputError(
             f"{output or 'no output'}: an engine's name ends in .engine or .plan.", hint="Name it with -o."
         )

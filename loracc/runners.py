@@ -77,7 +77,10 @@ class Runner(Protocol):
 #: :class:`Runner`. ``adapter`` is an ``.onnx_adapter`` to have active, or None; a runner that cannot refuses.
 RUNNERS = {
     "cpu": "loracc.runners:timed_on_cpu",
-    "cuda": "loracc.runners:timed_on_cuda",
+    "cuda": "loracc.runners_cuda:onnxruntime_on_cuda",
+    "torch-cpu": "loracc.runners_torch:torch_on_cpu",
+    "torch-cuda": "loracc.runners_torch:torch_on_cuda",
+    "tensorrt": "loracc.runners_trt:tensorrt_on_cuda",
 }
 
 
@@ -99,11 +102,6 @@ def open_runner(path: Path, provider: str = "cpu", *, threads: int = 0, adapter:
 def timed_on_cpu(path: Path, *, threads: int = 0, adapter: Path | None = None) -> OnnxRunner:
     """ONNX Runtime on the CPU, its idle threads asleep: several sessions are timed in turn."""
     return OnnxRunner(path, provider="cpu", threads=threads, spin=False, adapter=adapter)
-
-
-def timed_on_cuda(path: Path, *, threads: int = 0, adapter: Path | None = None) -> OnnxRunner:
-    """ONNX Runtime on CUDA."""
-    return OnnxRunner(path, provider="cuda", threads=threads, spin=False, adapter=adapter)
 
 
 def wall_clock(once: Callable[[], None]) -> TimedCall:

@@ -149,4 +149,11 @@ def _latency(
         return Latency("skipped", "a checkpoint has no graph to run")
     from loracc.verify_latency import check_latency
 
-    return check_latency(base, out, _runnable(base), _runnable(out), options, progress)
+    files = (_timed_file(model, options.provider) for model in (base, out))
+    return check_latency(base, out, *files, options, progress)
+
+
+def _timed_file(model: BaseModel, provider: str) -> Path | None:
+    """The file itself, where the provider runs it; None has an ``.onnx`` written."""
+    wanted = "exported_program" if provider.startswith("torch") else "onnx"
+    return model.path if model.format == wanted and model.path.is_file() else None

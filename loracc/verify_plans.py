@@ -18,13 +18,11 @@ import numpy as np
 
 from loracc.dtypes import Array
 from loracc.errors import InputError
-from loracc.targets.tensorrt_manifest import Manifest, read_manifest
+from loracc.targets.tensorrt_manifest import PLANS, Manifest, read_manifest
 from loracc.verdict import EndToEnd, Latency, Numbers, Structure, Verdict, Verification, Weights
 
-__all__ = ["PLANS", "PlanDifference", "are_plans", "compare_plans", "verify_plans"]
+__all__ = ["PlanDifference", "are_plans", "compare_plans", "verify_plans"]
 
-#: Endings of a TensorRT plan.
-PLANS = (".engine", ".plan")
 _SHOWN = 8
 _DIGESTS = "two plans' weights are compared by digest; verify the ONNX files for numbers"
 _NOT_RUN = "the engines are not run: verify the ONNX files that they were built from"

@@ -23,8 +23,19 @@ from loracc.targets.onnx_file import graph_bytes, initializers
 from loracc.targets.tensorrt_places import find_places
 from loracc.tensors import dims
 
-__all__ = ["Manifest", "WeightPlace", "describe", "manifest_name", "masked_graph", "read_manifest"]
+__all__ = [
+    "PLANS",
+    "Manifest",
+    "WeightPlace",
+    "describe",
+    "input_graph",
+    "manifest_name",
+    "masked_graph",
+    "read_manifest",
+]
 
+#: Endings of a TensorRT plan.
+PLANS = (".engine", ".plan")
 _FORMAT = 1
 
 
@@ -59,6 +70,7 @@ class Manifest:
         graph_sha256: Of the graph with its weights masked: equal for a base and its folded models.
         adapters: name, format and digest of what was folded.
         sites: Names of the folded sites.
+        inputs: name, dtype and shape of what is fed; a dynamic axis is its symbol.
         profiles: Input name -> (min, opt, max), one mapping a profile.
         options: What the builder was told.
         weights: By initializer.
@@ -74,6 +86,7 @@ class Manifest:
     graph_sha256: str
     adapters: Sequence[str]
     sites: Sequence[str]
+    inputs: Sequence[Mapping[str, Any]]
     profiles: Sequence[Mapping[str, Any]]
     options: Mapping[str, Any]
     weights: Mapping[str, WeightPlace] = field(default_factory=dict)
@@ -137,10 +150,25 @@ def describe(plan: bytes, graph: ir.Model, **said: Any) -> Manifest:
         plan_sha256=hashlib.sha256(plan).hexdigest(),
         plan_bytes=len(plan),
         graph_sha256=masked_graph(graph),
+        inputs=[_input(value) for value in graph.graph.inputs if value.name not in graph.graph.initializers],
         weights=weights,
         loracc=__version__,
         **said,
     )
+
+
+def _input(value: ir.Value) -> dict[str, Any]:
+    shape = [] if value.shape is None else [dim if isinstance(dim, int) else str(dim.value) for dim in value.shape]
+    return {"name": value.name, "dtype": value.dtype.name if value.dtype is not None else "UNDEFINED", "shape": shape}
+
+
+def input_graph(manifest: Manifest) -> ir.Model:
+    """A graph with the engine's inputs and nothing else, for whoever makes up inputs."""
+    inputs = [
+        ir.Value(name=said["name"], shape=ir.Shape(said["shape"]), type=ir.TensorType(ir.DataType[said["dtype"]]))
+        for said in manifest.inputs
+    ]
+    return ir.Model(ir.Graph(inputs, [], nodes=[], opset_imports={"": 18}), ir_version=10)
 
 
 def read_manifest(engine: Path, plan: bytes) -> Manifest:

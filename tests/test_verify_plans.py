@@ -13,6 +13,7 @@ from onnx import helper, numpy_helper
 from safetensors.numpy import save_file
 
 from loracc.cli import run
+from loracc.devices import gpu_name
 
 pytestmark = pytest.mark.rtx
 
@@ -154,6 +155,9 @@ def test_wrong_calls(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, words in calls.items():
         assert run(["verify", *arguments]) == 2
         assert words in capsys.readouterr().err
+    if gpu_name() is None:
+        assert run(["bench", "base.engine", "base.engine", "--provider", "tensorrt", "--processes", "1"]) == 2
+        assert "GPU" in capsys.readouterr().err
     Path("foreign.engine.json").write_text('{"format": 1}')
     assert run(["verify", "base.engine", "foreign.engine"]) == 2
     assert "not a manifest" in capsys.readouterr().err
