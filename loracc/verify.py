@@ -149,8 +149,8 @@ def _latency(
         return Latency("skipped", "a checkpoint has no graph to run")
     from loracc.verify_latency import check_latency
 
-    files = (_timed_file(model, options.provider) for model in (base, out))
-    return check_latency(base, out, *files, options, progress)
+    base_file, out_file = _timed_file(base, options.provider), _timed_file(out, options.provider)
+    return check_latency(base, out, base_file, out_file, options, progress)
 
 
 def _timed_file(model: BaseModel, provider: str) -> Path | None:

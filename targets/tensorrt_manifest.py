@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ __all__ = [
     "manifest_name",
     "masked_graph",
     "read_manifest",
+    "replaced_weights",
 ]
 
 #: Endings of a TensorRT plan.
@@ -120,12 +121,9 @@ def masked_graph(model: ir.Model) -> str:
         for value in initializers(model)
         if (tensor := value.const_value) is not None and tensor.dtype != ir.DataType.STRING
     }
-    bare = model.metadata_props.copy()
-    model.metadata_props.clear()  # says what was folded
-    try:
-        return hashlib.sha256(graph_bytes(model, masked, Path("graph"))).hexdigest()
-    finally:
-        model.metadata_props.update(bare)
+    # Without the model's own properties: they say who wrote it and what was folded.
+    bare = ir.Model(model.graph, ir_version=model.ir_version, functions=tuple(model.functions.values()))
+    return hashlib.sha256(graph_bytes(bare, masked, Path("graph"))).hexdigest()
 
 
 def describe(plan: bytes, graph: ir.Model, **said: Any) -> Manifest:
@@ -143,18 +141,32 @@ def describe(plan: bytes, graph: ir.Model, **said: Any) -> Manifest:
         for name, value in graph.graph.initializers.items()
         if (tensor := value.const_value) is not None and tensor.dtype != ir.DataType.STRING
     }
-    weights = {}
-    for name, (tensor, digest, at) in find_places(plan, tensors).items():
-        weights[name] = WeightPlace(tensor.dtype.name, dims(tensor), digest, int(tensor.nbytes), at)
     return Manifest(
         plan_sha256=hashlib.sha256(plan).hexdigest(),
         plan_bytes=len(plan),
         graph_sha256=masked_graph(graph),
         inputs=[_input(value) for value in graph.graph.inputs if value.name not in graph.graph.initializers],
-        weights=weights,
+        weights=_places(plan, tensors),
         loracc=__version__,
         **said,
     )
+
+
+def replaced_weights(manifest: Manifest, plan: bytes, tensors: Mapping[str, ir.TensorProtocol]) -> Manifest:
+    """The manifest of a refitted engine: its new plan, and all of its weights."""
+    return replace(
+        manifest,
+        plan_sha256=hashlib.sha256(plan).hexdigest(),
+        plan_bytes=len(plan),
+        weights=_places(plan, {name: tensors[name] for name in manifest.weights}),
+    )
+
+
+def _places(plan: bytes, tensors: Mapping[str, ir.TensorProtocol]) -> dict[str, WeightPlace]:
+    return {
+        name: WeightPlace(tensor.dtype.name, dims(tensor), digest, int(tensor.nbytes), at)
+        for name, (tensor, digest, at) in find_places(plan, tensors).items()
+    }
 
 
 def _input(value: ir.Value) -> dict[str, Any]:

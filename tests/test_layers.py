@@ -27,7 +27,7 @@ LAYERS = (
     ("lower", "job"),
     ("content",),
     ("binding", "fold_result", "save_raised", "combine"),
-    ("pipeline", "engine", "runtime.*", "convert", "extract"),
+    ("pipeline", "engine", "refit.*", "runtime.*", "convert", "extract"),
     ("commands.*",),
     ("cli",),
     ("__init__", "__main__"),

@@ -76,9 +76,13 @@ def test_folding_changes_nothing_but_the_weight(
 ) -> None:
     write_model("base.onnx", dtype, external=True)
     build("base.onnx", "-o", "base.engine", *PROFILE)
+    assert run(["fold", "base.onnx", "adapter", "-o", "folded.onnx", "--quiet"]) == 0
+    build("folded.onnx", "-o", "folded.engine", *PROFILE)
     build("base.onnx", "--adapter", "adapter", "-o", "out.engine", *PROFILE)
-    code, structure = verdict(capsys, "base.engine", "out.engine")
-    assert (code, structure["verdict"]) == (0, "pass")
+    assert Path("folded.engine").read_bytes() == Path("out.engine").read_bytes()
+    for out in ("folded.engine", "out.engine"):
+        code, structure = verdict(capsys, "base.engine", out)
+        assert (code, structure["verdict"]) == (0, "pass")
     assert "1 weights differ" in structure["summary"] and structure["summary"].endswith(" 0 outside")
 
 

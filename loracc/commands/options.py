@@ -194,7 +194,7 @@ def timing_options(*, seconds: float) -> Callable[[F], F]:
                     "--provider",
                     default="cpu",
                     show_default=True,
-                    help="What runs the models: cpu, cuda (ONNX Runtime), torch-cpu, torch-cuda (.pt2), tensorrt (.engine).",
+                    help="cpu or cuda (ONNX Runtime), torch-cpu or torch-cuda (.pt2), tensorrt (.engine).",
                 ),
                 click.option(
                     "--threads", type=click.IntRange(0), default=0, show_default=True,

@@ -4,5 +4,6 @@ from __future__ import annotations
 
 from loracc.runtime.attaching import add_variants, attach_variants
 from loracc.runtime.deployment import Deployment
+from loracc.runtime.trt_deployment import TrtDeployment
 
-__all__ = ["Deployment", "add_variants", "attach_variants"]
+__all__ = ["Deployment", "TrtDeployment", "add_variants", "attach_variants"]
