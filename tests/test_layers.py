@@ -22,7 +22,7 @@ LAYERS = (
     ("passes.*",),
     ("sources.*", "formats.*", "streaming", "staging"),
     ("targets.*",),
-    ("runners", "timing.*", "verdict", "decoder_inputs", "sample_inputs", "verify.*", "bench_grid"),
+    ("runners.*", "device_clock", "timing.*", "verdict", "decoder_inputs", "sample_inputs", "verify.*", "bench_grid"),
     ("report.*", "bench_files", "inspection"),
     ("lower", "job"),
     ("content",),
