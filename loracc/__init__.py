@@ -2,7 +2,7 @@
 
 >>> import loracc
 >>> [name for name in sorted(loracc.__all__) if name[0].islower()]
-['bench', 'convert_adapter', 'extract_adapter', 'fold', 'load_adapter', 'load_model', 'verify']
+['attach', 'bench', 'convert_adapter', 'extract_adapter', 'fold', 'load_adapter', 'load_model', 'verify']
 
 The functions are the command line's own: ``loracc.fold("model.pt2", ["adapter/"], "out.onnx")``. Importing this package
 loads neither torch nor onnxruntime nor transformers; what a function needs is loaded when it is called.
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from loracc.pipeline import fold as fold
     from loracc.pipeline import verify as verify
     from loracc.sources import load_model as load_model
+    from loracc.switching.attaching import attach as attach
 
 __version__ = "0.1.0"
 
@@ -32,6 +33,7 @@ __version__ = "0.1.0"
 _HOME = {
     "Adapter": "loracc.adapter",
     "LoraccError": "loracc.errors",
+    "attach": "loracc.switching.attaching",
     "bench": "loracc.pipeline",
     "convert_adapter": "loracc.convert",
     "extract_adapter": "loracc.extract",
@@ -46,6 +48,7 @@ defer_sympy()
 __all__ = [
     "Adapter",
     "LoraccError",
+    "attach",
     "bench",
     "convert_adapter",
     "extract_adapter",

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from loracc.errors import BindingError, InputError
+from loracc.errors import BindingError, InputError, LoraccError
 
 if TYPE_CHECKING:
     from loracc.adapter import Adapter
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from loracc.model import BaseModel
     from loracc.passes.bind_adapter import BindResult
 
-__all__ = ["bind_adapters", "raise_adapters", "read_adapters"]
+__all__ = ["bind_adapters", "bind_each", "raise_adapters", "read_adapters"]
 
 
 def read_adapters(
@@ -86,6 +86,29 @@ def bind_adapters(
 
         model = (None if model.traced else with_module_names(model)) or model
         return model, bind(model, adapters, maps=maps, allow_unmatched=allow_unmatched)
+
+
+def bind_each(
+    model: BaseModel, adapters: Sequence[Adapter], maps: Sequence[str], allow_unmatched: bool
+) -> list[BindResult]:
+    """Bind each adapter by itself, as if it were the only one; the problems of all are raised together.
+
+    The bindings annotated on the model's initializers are the last adapter's.
+    """
+    from loracc.errors import combined
+    from loracc.passes.bind_adapter import bind, maps_of, refuse_unused_maps
+
+    refuse_unused_maps(adapters, maps)
+    found: list[BindResult] = []
+    errors: list[LoraccError] = []
+    for adapter in adapters:
+        try:
+            found.append(bind(model, [adapter], maps=maps_of(adapter, maps), allow_unmatched=allow_unmatched))
+        except LoraccError as error:
+            errors.append(error)
+    if errors:
+        raise combined(errors)
+    return found
 
 
 def raise_adapters(model: BaseModel) -> tuple[BaseModel, BindResult]:

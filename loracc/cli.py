@@ -11,6 +11,7 @@ from types import FrameType
 
 import click
 
+from loracc.commands.attach import attach
 from loracc.commands.bench import bench
 from loracc.commands.build_trt import build_trt
 from loracc.commands.convert import convert
@@ -41,7 +42,7 @@ def main() -> None:
     """A compiler for LoRA-adapted models: fold adapters into the weights, export, and prove what came out."""
 
 
-for _command in (fold, verify, bench, inspect, convert, extract, build_trt, refit_trt):
+for _command in (fold, attach, verify, bench, inspect, convert, extract, build_trt, refit_trt):
     main.add_command(_command)
 
 

@@ -31,6 +31,7 @@ class Job:
         dtype: What weights are written in; None keeps the base's.
         external: Where an ``.onnx`` keeps its weights.
         progress: Told how far the writing is.
+        beside: Names of further files that are written beside the destination.
     """
 
     output: Path
@@ -38,6 +39,7 @@ class Job:
     dtype: ir.DataType | None
     external: str
     progress: Progress
+    beside: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, output: str | Path, dtype: str | None, external: str, progress: Progress | None) -> Job:
@@ -48,7 +50,7 @@ class Job:
     @property
     def companions(self) -> tuple[str, ...]:
         """Names of files that may be written beside the destination."""
-        return (data_name(self.output),) if self.target.name == "onnx" else ()
+        return (*((data_name(self.output),) if self.target.name == "onnx" else ()), *self.beside)
 
     def check(self, inputs: Sequence[Path], *, force: bool) -> None:
         """Refuse a destination that cannot be written, before any work is done."""

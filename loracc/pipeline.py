@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from loracc.progress import Progress
     from loracc.verdict import Verification
 
-__all__ = ["FoldResult", "bench", "fold", "verify"]
+__all__ = ["FoldResult", "bench", "fold", "load_traced", "split_options", "verify"]
 
 Path_ = str | Path
 
@@ -88,7 +88,7 @@ def fold(
     job.check(inputs, force=force or dry_run)
     check_reports(reports, [*inputs, job.output])
     check_saving(save_adapter, specs, [*inputs, job.output], force=force or dry_run)
-    load, told = _split(options)
+    load, told = split_options(options)
     read = read_adapters(specs, told, combine=combine, density=density, rank=rank, seed=seed)
     with job.base(_load(model, load, graph=job.target.needs_graph)) as loaded:
         lowered = _lower(loaded, read, job, maps, allow_unmatched, original)
@@ -160,7 +160,7 @@ def verify(
     if are_plans(base, output, adapters):
         return _reported(verify_plans(Path(base), Path(output), latency=latency), reports, junit)
     graph = target_for(output).needs_graph
-    load, told = _split(options)
+    load, told = split_options(options)
     loaded = _load(base, load, graph=graph)
     made = _load(output, {}, graph=graph)
     specs = [parse_adapter_spec(str(adapter)) for adapter in adapters]
@@ -266,7 +266,16 @@ def _load(path: Path_, load: dict[str, Any], *, graph: bool) -> BaseModel:
     return loaded
 
 
-def _split(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def load_traced(path: Path_, load: dict[str, Any]) -> BaseModel:
+    """A model with its graph.
+
+    Raises:
+        InputError: It has weights only.
+    """
+    return _load(path, load, graph=True)
+
+
+def split_options(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """(options of the model's reader, options of the adapters' reader); some are both's."""
     from loracc.formats import AdapterOptions
     from loracc.model import LoadOptions

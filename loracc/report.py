@@ -18,9 +18,11 @@ from loracc.errors import InputError
 if TYPE_CHECKING:
     from loracc.extract import ExtractResult
     from loracc.pipeline import FoldResult
+    from loracc.switching.request import AttachResult
     from loracc.verdict import Verification
 
 __all__ = [
+    "print_attached",
     "print_bench",
     "print_extraction",
     "print_fold",
@@ -85,6 +87,19 @@ def print_fold(result: FoldResult, console: Console) -> None:
     console.print(Text(f"{done} {result.output} ({_bytes(result.bytes)}{files})"))
     if result.saved_adapter is not None:
         console.print(Text(f"{done} {result.saved_adapter} (the LoRA of the graph, as a PEFT adapter)"))
+
+
+def print_attached(result: AttachResult, console: Console) -> None:
+    """The adapters, the sites, the verdict and where the output is."""
+    table = Table(title=f"{result.mode}: {counted(len(result.adapters), 'adapter')}", title_justify="left", box=None)
+    for column in result.adapters[0] if result.adapters else ():
+        table.add_column(column, justify="left" if column in ("name", "file") else "right", overflow="fold")
+    for row in result.adapters[:_SHOWN]:
+        table.add_row(*(str(value) for value in row.values()))
+    if len(result.adapters) > _SHOWN:
+        table.add_row(f"... and {len(result.adapters) - _SHOWN} more (--json lists all)")
+    console.print(table)
+    print_fold(result, console)
 
 
 def print_verification(verification: Verification, console: Console) -> None:

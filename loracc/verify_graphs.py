@@ -7,13 +7,14 @@ rounding is optimized away.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass
 
+from loracc.dtypes import Array
 from loracc.folded import Binding, annotate, clear_bindings
 from loracc.model import BaseModel
 from loracc.passes.encode_weights import encoded
@@ -50,12 +51,16 @@ class Prepared:
         optimize: Whether the runtime may rewrite it.
         notes: What had to be done to run it.
         taps: Where the bound sites' results are, in an unfused graph.
+        adapter: An ``.onnx_adapter`` that is active in every run.
+        more: Further inputs for each set of inputs.
     """
 
     model: ir.Model | Path
     optimize: bool = True
     notes: tuple[str, ...] = ()
     taps: tuple[Tap, ...] = ()
+    adapter: Path | None = None
+    more: Callable[[Mapping[str, Array]], dict[str, Array]] | None = None
 
     def runner(self, options: VerifyOptions) -> OnnxRunner:
         """A session on it.
@@ -63,7 +68,22 @@ class Prepared:
         Raises:
             RunError: The runtime does not load it.
         """
-        return OnnxRunner(self.model, provider=options.provider, threads=options.threads, optimize=self.optimize)
+        return OnnxRunner(
+            self.model,
+            provider=options.provider,
+            threads=options.threads,
+            optimize=self.optimize,
+            adapter=self.adapter,
+        )
+
+    def run(self, inputs: Sequence[Mapping[str, Array]], options: VerifyOptions) -> list[dict[str, Array]]:
+        """The outputs for each set of inputs.
+
+        Raises:
+            RunError: The runtime refused the model or the inputs.
+        """
+        runner = self.runner(options)
+        return [runner.run({**feeds, **self.more(feeds)} if self.more else feeds) for feeds in inputs]
 
 
 def in_reference(base: ir.Model, bindings: Sequence[Binding], dtype: ir.DataType, *, taps: bool = False) -> Prepared:

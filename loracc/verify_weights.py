@@ -26,7 +26,7 @@ from loracc.verify_encoded import check_encoded, same_parts
 from loracc.verify_oracle import half_ulp, oracle_slabs
 from loracc.verify_structure import Pair
 
-__all__ = ["SLACK", "check_weights", "required_share"]
+__all__ = ["SLACK", "check_untouched", "check_weights", "required_share"]
 
 #: DESIGN.md 4: what float32 arithmetic before the rounding may cost, relative to |W| + |s|Σ|B||A|.
 SLACK = 2.0**-21
@@ -84,6 +84,14 @@ def check_weights(
     progress.end()
     missing = [binding.site.name for binding in bindings if id(binding) not in seen]
     return _judge(sites, changed, int(untouched), missing, effect)
+
+
+def check_untouched(base: ir.Model, out: ir.Model, pairs: Sequence[Pair]) -> Weights:
+    """Every paired initializer byte for byte, where no weight is meant to change (deltas stay beside the weights)."""
+    ours, theirs = base.graph.initializers, out.graph.initializers
+    changed = [pair.out for pair in pairs if not _same(_tensor(ours[pair.base]), _tensor(theirs[pair.out]))]
+    reason = f"the bytes of {_listed(changed)} differ from the base's" if changed else ""
+    return Weights("fail" if changed else "pass", reason, untouched=len(pairs) - len(changed), changed=tuple(changed))
 
 
 def _leaders(

@@ -33,7 +33,7 @@ from loracc.passes.match_names import Matching, Rewriting, apply_maps, match_nam
 from loracc.passes.tied_sites import tied_sites
 from loracc.sites import Site, SiteTable
 
-__all__ = ["BindAdapterPass", "BindOptions", "BindResult", "bind"]
+__all__ = ["BindAdapterPass", "BindOptions", "BindResult", "bind", "maps_of", "refuse_unused_maps"]
 
 #: How a site's name is known, best first.
 _SOURCES = ("recorded", "name", "scope", "content", "map")
@@ -90,7 +90,7 @@ def bind(
     for value in model.ir.graph.initializers.values():
         clear_bindings(value)  # of a call that failed halfway
     errors: list[LoraccError] = []
-    _refuse_unused_maps(adapters, options.maps)
+    refuse_unused_maps(adapters, options.maps)
     for adapter in adapters:
         binder = BindAdapterPass(adapter, model.sites, options, total.bindings)
         try:
@@ -106,19 +106,30 @@ def bind(
     return total
 
 
-def _refuse_unused_maps(adapters: Sequence[Adapter], maps: Sequence[str]) -> None:
+def refuse_unused_maps(adapters: Sequence[Adapter], maps: Sequence[str]) -> None:
     """A map that renames nothing is a slip of the pen. What kohya's names stand for is not known yet."""
     if any(adapter.naming is not None for adapter in adapters):
         return
-    names = [
-        option.name for adapter in adapters for entry in adapter.entries for option in (entry, *entry.alternatives)
-    ]
+    names = [name for adapter in adapters for name in _entry_names(adapter)]
     for text, rewriting in zip(maps, parse_maps(maps), strict=True):
         if all(apply_maps(name, [rewriting]) is None for name in names):
             raise BindingError(
                 f"--map {text}: no module of the adapters is named {rewriting.old!r} or lies in it.",
                 hint=f"The first of their names: {', '.join(names[:3])}",
             )
+
+
+def maps_of(adapter: Adapter, maps: Sequence[str]) -> list[str]:
+    """Those maps that rename something of the adapter; all of them where its names are not known yet."""
+    if adapter.naming is not None:
+        return list(maps)
+    names = _entry_names(adapter)
+    pairs = zip(maps, parse_maps(maps), strict=True)
+    return [text for text, one in pairs if any(apply_maps(name, [one]) is not None for name in names)]
+
+
+def _entry_names(adapter: Adapter) -> list[str]:
+    return [option.name for entry in adapter.entries for option in (entry, *entry.alternatives)]
 
 
 class BindAdapterPass(ir.passes.InPlacePass):

@@ -29,15 +29,10 @@ from loracc.formats.onnx_adapter_file import has_adapter_magic
 from loracc.formats.tensors import check_tensors, digest_of
 from loracc.formats.told_scale import told_scale
 
-__all__ = ["is_onnx_adapter", "parameter_name", "read_onnx_adapter"]
+__all__ = ["is_onnx_adapter", "read_onnx_adapter"]
 
 _GENAI = ".MatMul"
 _RULES = tuple(KeyRule(role, re.compile(rf"\.lora_{role}(\{_GENAI})?\.weight$")) for role in "AB")
-
-
-def parameter_name(module: str, role: str) -> str:
-    """The name of a factor, "A" or "B", in the files and graphs that loracc writes."""
-    return f"{module}.lora_{role}.weight"
 
 
 def is_onnx_adapter(source: AdapterSource) -> bool:

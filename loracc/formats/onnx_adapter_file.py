@@ -17,7 +17,7 @@ import onnx_ir as ir
 from loracc.dtypes import Array
 from loracc.errors import InputError, require
 
-__all__ = ["has_adapter_magic", "read_parameters", "write_parameters"]
+__all__ = ["has_adapter_magic", "read_parameters", "read_versions", "write_parameters"]
 
 _MAGIC = b"TORT"
 
@@ -35,16 +35,33 @@ def read_parameters(path: Path) -> dict[str, Array]:
         InputError: The file is damaged.
         MissingExtraError: ONNX Runtime is not installed.
     """
+    file = _opened(path)
+    values = file.get_parameters()
+    return {name: _array(values[name]) for name in sorted(values)}
+
+
+def read_versions(path: Path) -> tuple[int, int]:
+    """(adapter_version, model_version).
+
+    Raises:
+        InputError: The file is damaged.
+        MissingExtraError: ONNX Runtime is not installed.
+    """
+    file = _opened(path)
+    return int(file.get_adapter_version()), int(file.get_model_version())
+
+
+def _opened(path: Path) -> Any:
     runtime: Any = require("onnxruntime", "read .onnx_adapter files")
     try:
         file = runtime.AdapterFormat.read_adapter(str(path))
-        values = file.get_parameters()
+        file.get_parameters()
     except Exception as error:  # ONNX Runtime throws its own kinds, all of them without a common base
         first = (str(error).strip().splitlines() or ["?"])[0]
         raise InputError(
             f"{path}: ONNX Runtime cannot read it as an .onnx_adapter ({first[-160:]}).", hint="Fetch the file again."
         ) from error
-    return {name: _array(values[name]) for name in sorted(values)}
+    return file
 
 
 def _array(value: Any) -> Array:

@@ -14,8 +14,8 @@ import onnx_ir as ir
 
 from loracc.dtypes import Array, round_to
 from loracc.formats.factors import Factors, refuse
-from loracc.formats.onnx_adapter import parameter_name
 from loracc.formats.onnx_adapter_file import write_parameters
+from loracc.manifest import parameter_name
 
 __all__ = ["write_onnx_adapter"]
 

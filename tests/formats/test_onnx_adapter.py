@@ -15,8 +15,8 @@ from loracc.deltas import LowRank
 from loracc.dtypes import Array
 from loracc.errors import InputError, LoraccError
 from loracc.formats import is_adapter, load_adapter
-from loracc.formats.onnx_adapter import parameter_name
 from loracc.formats.onnx_adapter_file import read_parameters, write_parameters
+from loracc.manifest import parameter_name
 from tests.formats.folding import folded_state
 
 N_IN, N_OUT, RANK = 6, 10, 2

@@ -1,0 +1,78 @@
+"""``loracc attach``."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+
+from loracc.commands.options import adapter_options, console, model_options, output_options
+from loracc.switching.modes import MODES
+
+__all__ = ["attach"]
+
+_EPILOG = """\b
+Examples:
+  loracc attach base.onnx adapter/ -o out.onnx          out.onnx, and adapter.onnx_adapter beside it
+  loracc attach hf_folder/ style=a/ task=b/ -o out.onnx --sum both=style+task@0.5
+
+\b
+Ways of switching (--as):
+"""
+
+
+@click.command(epilog=_EPILOG + "\n".join(f"  {name:9} {mode.summary}" for name, mode in MODES.items()))
+@click.argument("model", type=click.Path())
+@click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER...")
+@click.option("-o", "--output", required=True, type=click.Path(), help="The .onnx to write; the rest goes beside it.")
+@click.option(
+    "--as",
+    "mode",
+    type=click.Choice(list(MODES)),
+    default="inputs",
+    show_default=True,
+    help="How to switch: see below.",
+)
+@click.option(
+    "--sum",
+    "sums",
+    multiple=True,
+    metavar="NAME=a+b@0.5",
+    help="Of inputs: one more adapter, the exact weighted sum of others. Repeatable.",
+)
+@adapter_options
+@click.option(
+    "--dtype", type=click.Choice(["fp32", "fp16", "bf16"]), help="Write weights in this dtype (default: the base's)."
+)
+@model_options
+@click.option(
+    "--data-layout",
+    "--data",
+    "external",
+    type=click.Choice(["auto", "inline", "data", "link"]),
+    default="auto",
+    help="Where OUT keeps its weights: inside, in OUT.data, or (link) in the base's own data file.",
+)
+@click.option("--no-verify", is_flag=True, help="Do not check the result before moving it into place.")
+@click.option(
+    "--report", "reports", multiple=True, metavar="FILE.json", type=click.Path(), help="Write a report. Repeatable."
+)
+@click.option("--dry-run", is_flag=True, help="Say what would be written, and write nothing.")
+@click.option("--force", is_flag=True, help="Replace what exists of OUT and the files beside it.")
+@output_options
+def attach(model: str, adapters: tuple[str, ...], output: str, as_json: bool, quiet: bool, **values: Any) -> None:
+    """Keep ADAPTERs beside MODEL's weights, to be switched at run time; nothing is folded."""
+    from loracc import report
+    from loracc.progress import progress_for
+    from loracc.switching.attaching import attach as run
+
+    out = console(as_json=as_json, quiet=quiet)
+    values["verify"] = not values.pop("no_verify")
+    with progress_for(quiet=quiet) as progress:
+        result = run(model, adapters, output, progress=progress, **values)
+    report.print_attached(result, out)
+    if result.unmatched and quiet:
+        click.echo(f"loracc: warning: keys that fit nowhere were left out: {', '.join(result.unmatched)}", err=True)
+    if as_json:
+        click.echo(json.dumps(result.to_json()))

@@ -1,0 +1,107 @@
+"""``loracc.attach``: read, bind each adapter by itself, and let the mode make the output."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loracc.errors import InputError
+from loracc.switching.modes import MODES, maker
+
+if TYPE_CHECKING:
+    from loracc.progress import Progress
+    from loracc.switching.request import AttachResult
+
+__all__ = ["attach"]
+
+Path_ = str | Path
+
+
+def attach(
+    model: Path_,
+    adapters: Sequence[Path_],
+    output: Path_,
+    *,
+    mode: str = "inputs",
+    sums: Sequence[str] = (),
+    slots: int | None = None,
+    rank: int | None = None,
+    maps: Sequence[str] = (),
+    allow_unmatched: bool = False,
+    dtype: str | None = None,
+    external: str = "auto",
+    verify: bool = True,
+    reports: Sequence[Path_] = (),
+    dry_run: bool = False,
+    force: bool = False,
+    progress: Progress | None = None,
+    **options: Any,
+) -> AttachResult:
+    """Keep adapters beside a model's weights, to be switched at run time.
+
+    Args:
+        model: A model file or folder, as for :func:`loracc.fold`.
+        adapters: Files or folders, each optionally ``NAME=PATH`` and ``PATH@WEIGHT``; each stays one of its own.
+        output: An ``.onnx`` file; what else the mode writes goes beside it.
+        mode: A name of :data:`loracc.switching.modes.MODES`.
+        sums: "inputs": further adapters that are exact sums of the given ones, ``NAME=a+b@0.5``.
+        slots: "batched": how many places for adapters; as many as adapters when None.
+        rank: "batched": room in each place; what the adapters need when None.
+        maps, allow_unmatched, dtype, external, reports, dry_run, force, progress, options: As for :func:`loracc.fold`.
+        verify: Prove the result before it is moved into place: with each adapter the numbers of the unfused model,
+            without one the base's bits, and but for the branches the base's graph.
+
+    Raises:
+        LoraccError: The input or the call is wrong (exit code 2 of the command line).
+        CheckFailed: What was written is not what was asked for; nothing was moved into place (exit code 1).
+    """
+    from loracc.binding import bind_each, read_adapters
+    from loracc.formats import parse_adapter_spec
+    from loracc.job import Job
+    from loracc.pipeline import load_traced, split_options
+    from loracc.report import check_reports, write_report
+    from loracc.switching.request import AttachRequest, Bound
+
+    _check_call(mode, adapters, output, {"sums": sums, "slots": slots, "rank": rank})
+    job = Job.of(output, dtype, external, progress)
+    specs = [parse_adapter_spec(str(adapter)) for adapter in adapters]
+    inputs = (Path(model), *(Path(spec.path) for spec in specs))
+    job.check(inputs, force=force or dry_run)
+    check_reports(reports, [*inputs, job.output])
+    load, told = split_options(options)
+    read = read_adapters(specs, told, combine=None, density=None, rank=None, seed=0)
+    base = load_traced(model, load)
+    bound = tuple(Bound(*pair) for pair in zip(read, bind_each(base, read, maps, allow_unmatched), strict=True))
+    request = AttachRequest(
+        base=base,
+        bound=bound,
+        job=job,
+        inputs=inputs,
+        sums=tuple(sums),
+        slots=slots,
+        rank=rank,
+        verify=verify,
+        force=force,
+        dry_run=dry_run,
+    )
+    result = maker(mode)(request)
+    for path in reports:
+        write_report(result.to_json(), path)
+    return result
+
+
+def _check_call(mode: str, adapters: Sequence[Path_], output: Path_, given: dict[str, Any]) -> None:
+    if mode not in MODES:
+        raise InputError(f"--as {mode}: no such way of switching.", hint=f"There are {', '.join(MODES)}.")
+    if not adapters:
+        raise InputError(
+            "no adapter was given.", hint="Name one or more after the model: loracc attach MODEL ADAPTER -o OUT.onnx"
+        )
+    if Path(output).suffix.lower() != ".onnx":
+        raise InputError(f"{output}: attach writes .onnx files.", hint="Name the output OUT.onnx.")
+    for option, value in given.items():
+        if value and option not in MODES[mode].options:
+            takers = [name for name, known in MODES.items() if option in known.options]
+            name = {"sums": "--sum"}.get(option, f"--{option}")
+            raise InputError(f"{name} means nothing to --as {mode}.", hint=f"It belongs to --as {', '.join(takers)}.")

@@ -1,0 +1,48 @@
+"""The registry of ``attach --as``: what each way of switching is, and the module that makes it.
+
+A mode's module has ``make(request: AttachRequest) -> AttachResult``; it is imported when the mode is asked for, so that
+help and parsing load nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from loracc.switching.request import AttachRequest, AttachResult
+
+__all__ = ["MODES", "Mode", "maker"]
+
+
+@dataclass(frozen=True)
+class Mode:
+    """One way of switching.
+
+    Attributes:
+        summary: For the help.
+        module: Where its ``make`` is.
+        options: Options of ``attach`` that only some modes take and this one does ("sums", "slots", "rank").
+    """
+
+    summary: str
+    module: str
+    options: frozenset[str] = frozenset()
+
+
+MODES: dict[str, Mode] = {
+    "inputs": Mode(
+        "A and B are inputs of the graph; each adapter is an .onnx_adapter file, switched per call",
+        "loracc.switching.inputs",
+        frozenset({"sums"}),
+    ),
+}
+
+
+def maker(name: str) -> Callable[[AttachRequest], AttachResult]:
+    """``make`` of a mode."""
+    module: Any = importlib.import_module(MODES[name].module)
+    made: Callable[[AttachRequest], AttachResult] = module.make
+    return made
