@@ -208,9 +208,9 @@ class VariantWork:
     ) -> VariantWork:
         """Read the model and the adapters, and bind each adapter by itself."""
         from loracc.binding import bind_adapters, read_adapters
-        from loracc.pipeline import _load, _split
+        from loracc.pipeline import _load, split_options
 
-        load, told = _split(options)
+        load, told = split_options(options)
         adapters = read_adapters(specs, told, combine=None, density=None, rank=None, seed=0)
         if any(adapter.name == BASE for adapter in adapters):
             raise InputError(
