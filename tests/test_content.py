@@ -192,7 +192,7 @@ def optimized(graph: ir.Model, folder: Path) -> Path:
 def test_bert_fused_by_the_transformer_optimizer(
     zeros: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Fresh biases are all zero, and the exporter keeps one of them: an adapter that leaves them alone does not care."""
+    """Fresh biases are all zero, and the exporter keeps one: an adapter that leaves them alone does not care."""
     import torch
 
     model = build("bert")
