@@ -61,6 +61,8 @@ class SharedBase:
     """
 
     def __init__(self, path: Path, manifest: Manifest, *, verify: bool = False) -> None:
+        # One pool for all loads: every new thread may make the C library open another heap.
+        self._pool = ThreadPoolExecutor(_WORKERS, thread_name_prefix="loracc-fold")
         graph = contained(path, manifest.graph.path)
         manifest.graph.check(graph, whole=True)
         self._content = graph.read_bytes()
@@ -101,8 +103,7 @@ class SharedBase:
                     file = f"{len(own)}.changed"
                     own[file] = tensor
                     places[value] = _reference(tensor, file, 0)
-        with ThreadPoolExecutor(_WORKERS) as pool:
-            changed = dict(zip(own, pool.map(_bytes_of, own.values()), strict=True))
+        changed = dict(zip(own, self._pool.map(_bytes_of, own.values()), strict=True))
         return SessionSource(graph_bytes(graph, places, self.model.path), {**self._files, **changed})
 
     def release(self) -> None:

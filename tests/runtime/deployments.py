@@ -17,13 +17,13 @@ __all__ = ["INNER", "WIDTH", "adapter", "base", "deployment", "feed", "outputs"]
 WIDTH, INNER = 32, 48
 
 
-def base(folder: Path, name: str = "base.onnx", *, seed: int = 0) -> Path:
+def base(folder: Path, name: str = "base.onnx", *, seed: int = 0, width: int = WIDTH, inner: int = INNER) -> Path:
     """``tanh(x @ W1 + b1) @ W2``, weights stored as [in, out]."""
     rng = np.random.default_rng(seed)
     arrays = {
-        "fc1.weight": rng.standard_normal((WIDTH, INNER)),
-        "fc1.bias": rng.standard_normal(INNER),
-        "fc2.weight": rng.standard_normal((INNER, WIDTH)),
+        "fc1.weight": rng.standard_normal((width, inner)),
+        "fc1.bias": rng.standard_normal(inner),
+        "fc2.weight": rng.standard_normal((inner, width)),
     }
     graph = helper.make_graph(
         [
@@ -33,8 +33,8 @@ def base(folder: Path, name: str = "base.onnx", *, seed: int = 0) -> Path:
             helper.make_node("MatMul", ["h3", "fc2.weight"], ["y"], "/fc2/MatMul"),
         ],
         "tiny",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", WIDTH])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", WIDTH])],
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", width])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", width])],
         [numpy_helper.from_array(array.astype(np.float32), key) for key, array in arrays.items()],
     )
     folder.mkdir(parents=True, exist_ok=True)
@@ -42,12 +42,19 @@ def base(folder: Path, name: str = "base.onnx", *, seed: int = 0) -> Path:
     return folder / name
 
 
-def adapter(folder: Path, *, seed: int = 1, modules: tuple[str, ...] = ("fc1", "fc2")) -> Path:
+def adapter(
+    folder: Path,
+    *,
+    seed: int = 1,
+    modules: tuple[str, ...] = ("fc1", "fc2"),
+    width: int = WIDTH,
+    inner: int = INNER,
+) -> Path:
     """A PEFT adapter of rank 2."""
-    shapes = {"fc1": (INNER, WIDTH), "fc2": (WIDTH, INNER)}
+    shapes = {"fc1": (inner, width), "fc2": (width, inner)}
     tensors: dict[str, Array] = {}
     for module in modules:
-        tensors |= lora(module, *shapes.get(module, (WIDTH, WIDTH)), seed=10 * seed)
+        tensors |= lora(module, *shapes.get(module, (width, width)), seed=10 * seed)
     return write_adapter(folder, tensors, target_modules=list(modules))
 
 
