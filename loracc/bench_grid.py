@@ -36,7 +36,8 @@ class BenchOptions:
     Attributes:
         inputs_file: ``.npz`` of inputs by name; seeded random ones when None.
         batches, sequences: Sizes of the dynamic axes; every pair of them is one setting.
-        adapter_file: An ``.onnx_adapter`` to have active in the models that have switchable sites.
+        adapter_file: An ``.onnx_adapter`` to have active in the models that have switchable sites, or the file of a
+            variant to run in its deployment.
         provider: A key of :data:`loracc.runners.RUNNERS`.
         threads: Threads inside one operator; 0 is the runtime's own choice.
         seconds: Time to spend on each model but the first, in each setting, all processes together.
@@ -94,7 +95,8 @@ def bench_models(
     if options.adapter_file is not None and not any(model.adapter for model in opened):
         raise InputError(
             f"{options.adapter_file}: none of the models has switchable sites.",
-            hint="loracc attach MODEL ADAPTER --as inputs -o OUT.onnx writes such a model.",
+            hint="loracc attach MODEL ADAPTER --as inputs -o OUT.onnx writes such a model; a variant's file lies in "
+            "OUT.onnx.variants.",
         )
     rows: list[dict[str, Any]] = []
     settings = [(batch, sequence) for batch in options.batches for sequence in options.sequences]
@@ -111,11 +113,17 @@ def _opened(path: Path, options: BenchOptions) -> _Model:
     if path.suffix.lower() in PLANS:
         return _Model(path, input_graph(read_manifest(path, path.read_bytes())), None)
     graph = read_graph(path) if sniff(path) == "onnx" else load_model(path).ir
-    switchable = any(value.name in graph.graph.initializers for value in graph.graph.inputs)
+    switchable = any(value.name in graph.graph.initializers for value in graph.graph.inputs) or _holds(path, options)
     adapter = Path(options.adapter_file) if options.adapter_file is not None and switchable else None
     if adapter is not None and not adapter.is_file():
         raise InputError(f"{adapter}: no such file.")
     return _Model(path, graph, adapter)
+
+
+def _holds(path: Path, options: BenchOptions) -> bool:
+    """Whether the adapter's file is a variant of the deployment at this path."""
+    folder = path.with_name(f"{path.name}.variants")
+    return options.adapter_file is not None and Path(options.adapter_file).absolute().parent == folder.absolute()
 
 
 def _feeds(models: Sequence[_Model], options: BenchOptions, batch: int, sequence: int) -> list[dict[str, Array]]:

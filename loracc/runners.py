@@ -74,7 +74,8 @@ class Runner(Protocol):
 
 
 #: What ``--provider`` may be -> "module:callable", called with (path, threads=..., adapter=...) and returning a
-#: :class:`Runner`. ``adapter`` is an ``.onnx_adapter`` to have active, or None; a runner that cannot refuses.
+#: :class:`Runner`. ``adapter`` is an ``.onnx_adapter`` to have active, the file of a variant of the deployment at the
+#: path, or None; a runner that cannot refuses.
 RUNNERS = {
     "cpu": "loracc.runners:timed_on_cpu",
     "cuda": "loracc.runners_cuda:onnxruntime_on_cuda",
@@ -101,6 +102,10 @@ def open_runner(path: Path, provider: str = "cpu", *, threads: int = 0, adapter:
 
 def timed_on_cpu(path: Path, *, threads: int = 0, adapter: Path | None = None) -> OnnxRunner:
     """ONNX Runtime on the CPU, its idle threads asleep: several sessions are timed in turn."""
+    if adapter is not None and adapter.suffix == ".safetensors":
+        from loracc.runtime.deployment import variant_runner
+
+        return variant_runner(path, adapter, threads=threads)
     return OnnxRunner(path, provider="cpu", threads=threads, spin=False, adapter=adapter)
 
 

@@ -38,8 +38,8 @@ def _sizes(_context: click.Context, option: click.Parameter, text: str) -> tuple
     help="Sizes of the dynamic sequence axis.",
 )  # fmt: skip
 @click.option(
-    "--adapter-file", metavar="FILE.onnx_adapter", type=click.Path(),
-    help="Have this adapter active in the models with switchable sites.",
+    "--adapter-file", metavar="FILE", type=click.Path(),
+    help="An .onnx_adapter to have active where sites are switchable, or a file of OUT.onnx.variants.",
 )  # fmt: skip
 @timing_options(seconds=20.0)
 @click.option("--csv", "csv_file", metavar="FILE", type=click.Path(), help="Write the rows as CSV.")

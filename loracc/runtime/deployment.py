@@ -12,6 +12,7 @@ A session of a variant runs the base's own graph with other weights, so a call c
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -29,7 +30,7 @@ from loracc.runtime.sessions import SessionSettings, open_session
 from loracc.runtime.shared_base import SessionSource, SharedBase
 from loracc.runtime.variant_graph import check_bindings
 
-__all__ = ["Deployment"]
+__all__ = ["Deployment", "variant_runner"]
 
 
 class Deployment:
@@ -75,6 +76,18 @@ class Deployment:
     def names(self) -> tuple[str, ...]:
         """The variants, in the order they were attached."""
         return tuple(self._manifest.variants)
+
+    def name_of(self, file: Path) -> str:
+        """The variant that is stored in a file.
+
+        Raises:
+            InputError: None is.
+        """
+        real = os.path.realpath(file)
+        for name, variant in self._manifest.variants.items():
+            if str(contained(self._path, variant.file.path)) == real:
+                return name
+        raise InputError(f"{file}: not the file of a variant in {self._path}.", hint=f"It has {', '.join(self.names)}.")
 
     @property
     def loaded(self) -> tuple[str, ...]:
@@ -163,3 +176,17 @@ class Deployment:
         if self._settings.prepack:
             shared.release()
         return OnnxRunner.of(session, self._settings.provider)
+
+
+def variant_runner(path: Path, file: Path, *, provider: str = "cpu", threads: int = 0) -> OnnxRunner:
+    """The variant that is stored in ``file``, for the clock: its idle threads sleep, as several sessions are timed.
+
+    Raises:
+        InputError: The deployment at ``path`` has no such variant, or is damaged.
+    """
+
+    def quiet(options: Any) -> None:
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+
+    with Deployment(path, provider=provider, threads=threads, configure=quiet) as deployment:
+        return OnnxRunner.of(deployment.session(deployment.name_of(file)), provider)
