@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from loracc.streaming import OutputFile, Segment, write_files
 from loracc.targets.checkpoint import safetensors_header
 from loracc.tensors import TiledTensor
 
-__all__ = ["WORKLOADS", "Workload", "make"]
+__all__ = ["WORKLOADS", "Workload", "export_base", "make", "make_adapter"]
 
 BF16, FP32 = ir.DataType.BFLOAT16, ir.DataType.FLOAT
 LLAMA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -79,9 +80,17 @@ _GPT2: dict[str, object] = {
     "dtype": "float32",
 }
 
+_LINEARS = ("c_attn", "c_fc", "mlp.c_proj", "attn.c_proj")
+
 WORKLOADS = {
     "tiny": Workload(_llama(2, 256, 512, 4, 2, 1000), BF16, LLAMA_TARGETS),
-    "gpt2-124m": Workload(_GPT2, FP32, ("c_attn", "c_fc", "mlp.c_proj", "attn.c_proj"), fan_in_fan_out=True),
+    "gpt2-124m": Workload(_GPT2, FP32, _LINEARS, fan_in_fan_out=True),
+    "gpt2-5m": Workload(
+        {**_GPT2, "n_layer": 4, "n_embd": 256, "n_head": 4, "vocab_size": 8000}, FP32, _LINEARS, fan_in_fan_out=True
+    ),
+    "gpt2-tiny": Workload(
+        {**_GPT2, "n_layer": 2, "n_embd": 64, "n_head": 4, "vocab_size": 1000}, FP32, _LINEARS, fan_in_fan_out=True
+    ),
     "llama-1b": Workload(_llama(22, 2048, 5632, 32, 4), BF16, LLAMA_TARGETS),
     "llama-7b-sparse": Workload(_llama(32, 4096, 11008, 32, 32), BF16, LLAMA_TARGETS, sparse=True),
 }
@@ -90,31 +99,56 @@ WORKLOADS = {
 def make(name: str, folder: Path) -> None:
     """Write ``base`` and ``adapter`` of a workload into ``folder``; the same bytes every time."""
     work = WORKLOADS[name]
-    shapes = _gpt2_shapes(work.config) if work.config["model_type"] == "gpt2" else _llama_shapes(work.config)
-    base, adapter = folder / "base", folder / "adapter"
+    base = folder / "base"
     base.mkdir(parents=True)
-    adapter.mkdir()
     (base / "config.json").write_text(json.dumps(work.config, indent=2))
-    tensors = {key: Noise(work.dtype, shape, key, 1.0 if len(shape) == 1 else 0.02) for key, shape in shapes.items()}
+    tensors = {
+        key: Noise(work.dtype, shape, key, 1.0 if len(shape) == 1 else 0.02) for key, shape in _shapes(work).items()
+    }
     _save(base / "model.safetensors", tensors, sparse=work.sparse)
+    make_adapter(name, folder / "adapter")
+
+
+def export_base(name: str, path: Path) -> Path:
+    """Write a workload's base as ONNX with a data file beside it."""
+    from loracc.model import LoadOptions
+    from loracc.sites import write_records
+    from loracc.sources import load_model
+    from loracc.targets.onnx_file import write_onnx
+
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        make(name, Path(folder))
+        model = load_model(Path(folder) / "base", LoadOptions())
+        write_records(model.ir, [site for site in model.sites if site.module])
+        write_onnx(model.ir, path, external="data")
+    return path
+
+
+def make_adapter(
+    name: str, folder: Path, *, targets: tuple[str, ...] = (), rank: int | None = None, seed: str = ""
+) -> Path:
+    """Write one adapter for a workload's base, on its own targets and of its own rank unless others are named."""
+    work = WORKLOADS[name]
+    targets, rank = targets or work.targets, rank or work.rank
+    folder.mkdir(parents=True)
     factors: dict[str, Noise] = {}
-    for key, shape in shapes.items():
+    for key, shape in _shapes(work).items():
         module = key.removesuffix(".weight")
-        if len(shape) == 2 and module.endswith(work.targets):
+        if len(shape) == 2 and module.endswith(targets):
             rows, columns = reversed(shape) if work.fan_in_fan_out else shape
-            for role, factor in (("A", (work.rank, columns)), ("B", (rows, work.rank))):
+            for role, factor in (("A", (rank, columns)), ("B", (rows, rank))):
                 name_ = f"base_model.model.{module}.lora_{role}.weight"
-                factors[name_] = Noise(FP32, factor, name_, 0.01)
-    _save(adapter / "adapter_model.safetensors", factors)
-    (adapter / "adapter_config.json").write_text(
+                factors[name_] = Noise(FP32, factor, name_, 0.01, seed)
+    _save(folder / "adapter_model.safetensors", factors)
+    (folder / "adapter_config.json").write_text(
         json.dumps(
             {
                 "peft_type": "LORA",
                 "task_type": "CAUSAL_LM",
                 "base_model_name_or_path": "base",
-                "r": work.rank,
-                "lora_alpha": 2 * work.rank,
-                "target_modules": list(work.targets),
+                "r": rank,
+                "lora_alpha": 2 * rank,
+                "target_modules": list(targets),
                 "fan_in_fan_out": work.fan_in_fan_out,
                 "bias": "none",
                 "inference_mode": True,
@@ -122,17 +156,19 @@ def make(name: str, folder: Path) -> None:
             indent=2,
         )
     )
+    return folder
 
 
 class Noise(TiledTensor):
-    """Normally distributed numbers, seeded by the tensor's name and row."""
+    """Normally distributed numbers, seeded by the tensor's name and row, and by ``seed``."""
 
-    def __init__(self, dtype: ir.DataType, shape: tuple[int, ...], name: str, deviation: float) -> None:
+    def __init__(self, dtype: ir.DataType, shape: tuple[int, ...], name: str, deviation: float, seed: str = "") -> None:
         super().__init__(dtype, shape, name)
         self._deviation = deviation
+        self._seed = f"{name}{seed}"
 
     def compute_rows(self, lo: int, hi: int) -> Array:
-        rng = np.random.default_rng([lo, *str(self.name).encode()])
+        rng = np.random.default_rng([lo, *self._seed.encode()])
         shape = (hi - lo, *(int(n) for n in self.shape.numpy()[1:]))
         return (rng.standard_normal(shape, np.float32) * np.float32(self._deviation)).astype(self.dtype.numpy())
 
@@ -142,6 +178,10 @@ def _save(path: Path, tensors: Mapping[str, Noise], *, sparse: bool = False) -> 
     segments = tuple(Segment(len(header) + offsets[name], tensor) for name, tensor in tensors.items())
     size = len(header) + sum(tensor.nbytes for tensor in tensors.values())
     write_files([OutputFile(path, size, () if sparse else segments, header)])
+
+
+def _shapes(work: Workload) -> dict[str, tuple[int, ...]]:
+    return _gpt2_shapes(work.config) if work.config["model_type"] == "gpt2" else _llama_shapes(work.config)
 
 
 def _llama_shapes(config: Mapping[str, object]) -> dict[str, tuple[int, ...]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -205,3 +206,17 @@ def test_an_optional_hook_sees_the_session_options(tmp_path: Path) -> None:
     with Deployment(deployment(tmp_path, ("a",)), configure=seen.append) as opened:
         opened.session("a")
     assert [type(options).__name__ for options in seen] == ["SessionOptions"]
+
+
+def test_bench_times_a_variant_of_a_deployment(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from loracc.cli import run
+
+    path = deployment(tmp_path, ("a",))
+    stored = tmp_path / "out.onnx.variants" / "a.safetensors"
+    call = ["bench", str(tmp_path / "base.onnx"), str(path), "--seconds", "0.5", "--processes", "1", "--json"]
+    assert run([*call, "--adapter-file", str(stored)]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["model"] for row in rows] == [str(tmp_path / "base.onnx"), f"{path} + a.safetensors"]
+    stored.unlink()
+    assert run([*call, "--adapter-file", str(stored)]) == 2
+    assert "no such file" in capsys.readouterr().err
