@@ -63,6 +63,7 @@ def _bind(
 ) -> tuple[BaseModel, BindResult]:
     from loracc.passes.bind_adapter import bind
     from loracc.passes.content_misses import explain_miss
+    from loracc.passes.content_originals import give_originals
     from loracc.passes.content_sites import match_content
 
     match = match_content(model, base)
@@ -82,6 +83,11 @@ def _bind(
         explain=lambda name: explain_miss(match, model.ir, name),
     )
     _confirm(named, base.path, match, bound.bindings)
+    bound_to = list(dict.fromkeys(binding.site.initializer for binding in bound.bindings))
+    bound.notes += [
+        f"{name} is quantized, and the base does not have all of it: the delta is added to what its codes mean."
+        for name in give_originals(named.ir, match, bound_to)
+    ]
     return named, bound
 
 

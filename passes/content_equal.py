@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import hashlib
+import math
 
 import numpy as np
 import onnx_ir as ir
 
 from loracc.dtypes import Array, unit_roundoff
 from loracc.passes.content_places import Place
-from loracc.passes.content_samples import agree
+from loracc.passes.content_samples import agree, step_of
 from loracc.tensors import PermutedTensor, dims, open_rows, tile_rows
 
 __all__ = ["digest", "first_difference"]
+
+#: Share of a quantized weight's elements that may be further than a step from the original's.
+_OUTLIERS = 0.01
 
 
 def first_difference(
     stored: ir.TensorProtocol, place: Place, tensor: ir.TensorProtocol, *, turned: bool
 ) -> tuple[int, ...] | None:
     """Index into the initializer of the first element that is not the tensor's; None when all are.
+
+    Of a quantized weight some elements may be further than a step from the original's: it was clipped, or rounded with
+    a view to its neighbours' errors.
 
     Args:
         stored: The initializer's tensor.
@@ -29,6 +36,7 @@ def first_difference(
     other = PermutedTensor(tensor, (1, 0)) if turned else tensor
     shape = dims(other)  # of the stretch, as stored
     step = tile_rows(shape, max(int(stored.dtype.itemsize), int(other.dtype.itemsize)))
+    quantized, budget = step_of(stored), int(_OUTLIERS * math.prod(shape))
     along = place.start if place.axis == 0 else 0
     columns = slice(place.start, place.stop) if place.axis == 1 else slice(None)
     width = dims(stored)[1:]
@@ -40,7 +48,9 @@ def first_difference(
             mine.fill(lo + along, hi + along, one)
             theirs.fill(lo, hi, two)
             part = one[:, columns] if place.axis == 1 else one
-            if (at := _first(part, two, stored.dtype, other.dtype)) is not None:
+            at, count = _first(part, two, (stored.dtype, other.dtype), quantized)
+            budget -= count if quantized else 0
+            if at is not None and (not quantized or budget < 0):
                 start = [lo + along, *(0 for _ in shape[1:])]
                 if place.axis == 1:
                     start[1] = place.start
@@ -48,11 +58,15 @@ def first_difference(
     return None
 
 
-def _first(one: Array, two: Array, first: ir.DataType, second: ir.DataType) -> tuple[int, ...] | None:
-    if _equal(one, two, first, second):
-        return None
-    same = agree(one.astype(np.float64), two.astype(np.float64), first, second)
-    return None if same.all() else tuple(int(i) for i in np.argwhere(~same)[0])
+def _first(
+    one: Array, two: Array, dtypes: tuple[ir.DataType, ir.DataType], step: float
+) -> tuple[tuple[int, ...] | None, int]:
+    """Where two tiles differ first, and at how many elements."""
+    if not step and _equal(one, two, *dtypes):
+        return None, 0
+    same = agree(one.astype(np.float64), two.astype(np.float64), *dtypes, step)
+    count = int(same.size - np.count_nonzero(same))
+    return (tuple(int(i) for i in np.argwhere(~same)[0]) if count else None), count
 
 
 def _equal(one: Array, two: Array, first: ir.DataType, second: ir.DataType) -> bool:

@@ -6,7 +6,7 @@ sampled element within each shape. A matrix is known both ways round.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -70,20 +70,19 @@ class ContentIndex:
         """How many rows the tensors with rows of shape ``tail`` have, longest first."""
         return self._lengths.get(tail, [])
 
-    def find(
-        self, elements: Elements, view: Matrix, dtype: ir.DataType, start: int, length: int, tail: tuple[int, ...]
-    ) -> list[Candidate]:
+    def find(self, elements: Elements, view: Matrix, start: int, length: int, tail: tuple[int, ...]) -> list[Candidate]:
         """Tensors of ``length`` rows of shape ``tail`` whose sampled elements are the view's from ``start`` on."""
         known = self._classes.get((length, tail))
         if known is None:
             return []
         first = self._sample(elements, view, start, length, slice(0, _FIRST))
         part = slice(0, _FIRST)
-        near = [i for i in _near(known.samples[:, 0], first[0]) if self._agrees(known, i, first, dtype, part)]
+        near = _near(known.samples[:, 0], first[0], elements.step)
+        near = [i for i in near if self._agrees(known, i, first, elements, part)]
         if not near:
             return []
         rest = self._sample(elements, view, start, length, slice(_FIRST, None))
-        return [known.candidates[i] for i in near if self._agrees(known, i, rest, dtype, slice(_FIRST, None))]
+        return [known.candidates[i] for i in near if self._agrees(known, i, rest, elements, slice(_FIRST, None))]
 
     @staticmethod
     def _sample(elements: Elements, view: Matrix, start: int, length: int, part: slice) -> Array:
@@ -91,8 +90,9 @@ class ContentIndex:
         return elements.at(view.flat(rows[part] + start, columns[part]))
 
     @staticmethod
-    def _agrees(known: _Class, index: int, sample: Array, dtype: ir.DataType, part: slice) -> bool:
-        return bool(agree(known.samples[index, part], sample, known.dtypes[index], dtype).all())
+    def _agrees(known: _Class, index: int, sample: Array, elements: Elements, part: slice) -> bool:
+        mine = known.samples[index, part]
+        return bool(agree(mine, sample, known.dtypes[index], elements.dtype, elements.step).all())
 
 
 def _class(found: list[tuple[Candidate, ir.DataType, Array]]) -> _Class:
@@ -101,10 +101,10 @@ def _class(found: list[tuple[Candidate, ir.DataType, Array]]) -> _Class:
     return _Class(candidates, dtypes, np.stack(samples))
 
 
-def _near(keys: Array, value: float) -> Iterable[int]:
+def _near(keys: Array, value: float, step: float) -> Sequence[int]:
     """Positions of the sorted keys that a cast may have made of ``value``, or the other way round."""
     value = _sortable(value)
-    slack = abs(value) / 64 + 1e-6
+    slack = max(abs(value) / 64 + 1e-6, step)
     ordered = np.where(np.isfinite(keys), keys, np.inf)
     if not np.isfinite(value) or abs(value) >= 65504:  # what float16 clips
         return range(len(keys))

@@ -71,16 +71,16 @@ def _places(
     if not any(_may_hold(shape, turned, index) for turned in (False, True)):
         return []
     with Elements(tensor) as elements:
-        whole = index.find(elements, Matrix.of(shape), tensor.dtype, 0, shape[0], shape[1:])
+        whole = index.find(elements, Matrix.of(shape), 0, shape[0], shape[1:])
         if whole:
             return [Place(name, 0, 0, None, tuple(whole))]
         view = Matrix.of(shape)
-        known = [(a, b, index.find(elements, view, tensor.dtype, a, b - a, ())) for a, b in bounds if b <= shape[0]]
+        known = [(a, b, index.find(elements, view, a, b - a, ())) for a, b in bounds if b <= shape[0]]
         if any(candidates for _, _, candidates in known):
             return [Place(name, 0, a, b, tuple(candidates)) for a, b, candidates in known if candidates]
         for turned in (False, True) if len(shape) == 2 else (False,):
             tail = shape[:1] if turned else shape[1:]
-            blocks = list(_blocks(elements, tensor.dtype, Matrix.of(shape, turned=turned), tail, index))
+            blocks = list(_blocks(elements, Matrix.of(shape, turned=turned), tail, index))
             if blocks:
                 axis = int(turned)
                 return [
@@ -98,7 +98,7 @@ def _may_hold(shape: tuple[int, ...], turned: bool, index: ContentIndex) -> bool
 
 
 def _blocks(
-    elements: Elements, dtype: ir.DataType, view: Matrix, tail: tuple[int, ...], index: ContentIndex
+    elements: Elements, view: Matrix, tail: tuple[int, ...], index: ContentIndex
 ) -> Iterator[tuple[int, int, list[Candidate]]]:
     """(start, stop, candidates) along the view's rows."""
     total = view.shape[0]
@@ -108,7 +108,7 @@ def _blocks(
     step, at, missed = math.gcd(*lengths), 0, 0
     while at < total and missed < _STEPS:
         for length in lengths:
-            found = index.find(elements, view, dtype, at, length, tail) if at + length <= total else []
+            found = index.find(elements, view, at, length, tail) if at + length <= total else []
             if found:
                 yield at, at + length, found
                 at += length

@@ -17,10 +17,11 @@ import numpy as np
 import onnx_ir as ir
 
 from loracc.dtypes import Array, unit_roundoff
+from loracc.encodings.decoded import DecodedTensor
 from loracc.errors import InputError
 from loracc.tensors import PermutedTensor, dims, lies_in_file
 
-__all__ = ["SAMPLES", "Elements", "Matrix", "agree", "sample_positions"]
+__all__ = ["SAMPLES", "Elements", "Matrix", "agree", "sample_positions", "step_of"]
 
 #: Elements of a tensor that are compared before all of it is.
 SAMPLES = 24
@@ -40,12 +41,15 @@ def sample_positions(rows: int, columns: int, count: int = SAMPLES) -> tuple[Arr
     return row, column
 
 
-def agree(one: Array, other: Array, first: ir.DataType, second: ir.DataType) -> Array:
+def agree(one: Array, other: Array, first: ir.DataType, second: ir.DataType, step: float = 0.0) -> Array:
     """Where two arrays of the given dtypes, as float64, may be the same numbers but for a cast between the dtypes.
 
     One dtype: equal, NaN included. Two: within one unit in the last place of either (a cast may round or cut off), or
-    where float16 clips what is too large and what is too small for it.
+    where float16 clips what is too large and what is too small for it. ``step`` is the distance of neighbouring values
+    where one of them was quantized.
     """
+    if step:
+        return np.abs(one - other) <= step
     equal: Array = (one == other) | (np.isnan(one) & np.isnan(other))
     if first == second:
         return equal
@@ -58,6 +62,11 @@ def agree(one: Array, other: Array, first: ir.DataType, second: ir.DataType) -> 
         close = np.abs(one - other) <= unit * size + least
         clipped = (np.minimum(np.abs(one), np.abs(other)) >= most) & (np.sign(one) == np.sign(other))
     return equal | close | clipped
+
+
+def step_of(tensor: ir.TensorProtocol) -> float:
+    """How far a value of the tensor may be from what it was before it was quantized; 0 where it was not."""
+    return tensor.step() if isinstance(tensor, DecodedTensor) else 0.0
 
 
 @dataclass(frozen=True)
@@ -87,6 +96,10 @@ class Elements:
     """Random access to a tensor's elements: single reads from its file, or an array that is made once.
 
     Use it as a context manager.
+
+    Attributes:
+        dtype: The tensor's.
+        step: See :func:`step_of`.
     """
 
     def __init__(self, tensor: ir.TensorProtocol) -> None:
@@ -94,6 +107,7 @@ class Elements:
         self._shape = dims(tensor)
         if isinstance(tensor, PermutedTensor):
             self._perm, tensor = tensor.perm, tensor.base
+        self.dtype, self.step = tensor.dtype, step_of(tensor)
         self._tensor, self._file, self._array = tensor, -1, None
         if isinstance(tensor, ir.ExternalTensor) and lies_in_file(tensor):
             self._file = os.open(tensor.path, os.O_RDONLY)

@@ -8,7 +8,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-__all__ = ["build_with_genai", "generate", "save_tokenizer", "tiny_llama"]
+__all__ = ["build_with_genai", "generate", "logits", "save_tokenizer", "tiny_llama"]
 
 WORDS = 200
 
@@ -69,6 +69,21 @@ def build_with_genai(folder: Path, out: Path, precision: str, **extra: object) -
         warnings.simplefilter("ignore")
         builder.create_model(*common, **builder.parse_extra_options(*common, options))
     return out / "model.onnx"
+
+
+def logits(model: Path, tokens: list[int]) -> Any:
+    """What a graph of the builder gives for a first call, in ONNX Runtime."""
+    import numpy as np
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(model), providers=["CPUExecutionProvider"])
+    feeds: dict[str, Any] = {
+        "input_ids": np.array([tokens], np.int64),
+        "attention_mask": np.ones((1, len(tokens)), np.int64),
+    }
+    empty = np.zeros((1, 2, 0, 16), np.float32)
+    feeds |= {value.name: empty for value in session.get_inputs() if value.name.startswith("past")}
+    return session.run(["logits"], feeds)[0]
 
 
 def generate(folder: Path, prompt: list[int], length: int) -> list[int]:

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 import pytest
 
 from loracc.cli import run
 from tests.anonymous import anonymous
-from tests.genai_models import build_with_genai, generate, save_tokenizer, tiny_llama
+from tests.genai_models import build_with_genai, generate, logits, save_tokenizer, tiny_llama
 from tests.models import FAMILIES, adapted
 
 pytestmark = [
@@ -98,6 +99,35 @@ def test_16_bits(case: Case, precision: str, tmp_path: Path, capsys: pytest.Capt
     model = build_with_genai(case.base, tmp_path / precision, precision)
     result = fold(model, tmp_path / "out", capsys, case.adapter, "--base", case.base)
     assert Counter(site["way"] for site in result["sites"]) == {"content": 8, "name": 6}
+
+
+def test_four_bits(case: Case, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The codes are found by the values that they were made of, and the delta is added to those.
+
+    So the result loses what four bits lose, and not twice that: no more than the builder's own quantization of the
+    merged checkpoint.
+    """
+    import peft
+    import torch
+
+    model = build_with_genai(case.base, tmp_path / "int4", "int4")
+    result = fold(model, tmp_path / "out", capsys, case.adapter, "--base", case.base)
+    assert Counter(site["way"] for site in result["sites"]) == {"content": 8, "name": 6}
+    tuned = peft.PeftModel.from_pretrained(tiny_llama(), case.adapter)
+    tokens = case.expected
+    with torch.no_grad():
+        expected = tuned(input_ids=torch.tensor([tokens])).logits.numpy()
+    merged = tmp_path / "merged"
+    tuned.merge_and_unload().save_pretrained(merged)
+    save_tokenizer(merged)
+    other = build_with_genai(merged, tmp_path / "merged_int4", "int4")
+
+    def error(path: Path) -> float:
+        return float(np.linalg.norm(logits(path, tokens) - expected) / np.linalg.norm(expected))
+
+    # The two choose the blocks' scales differently: within a quarter of each other is the same loss.
+    assert error(tmp_path / "out" / "model.onnx") < 1.25 * error(other)
+    assert len(generate(tmp_path / "out", PROMPT, LENGTH)) == LENGTH
 
 
 def test_a_graph_built_with_the_adapter_in_it(case: Case, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,7 +15,7 @@ LAYERS = (
     ("errors", "quiet", "deferred", "devices", "combine_methods", "tasks"),
     ("dtypes", "algebra.*", "blas", "rows", "kernel", "_kernels"),
     ("adapter", "deltas", "kinds.*"),
-    ("sites", "tensors", "fused"),
+    ("sites", "tensors", "fused", "concatenated"),
     ("encodings.*",),
     ("folded", "requantized", "facts"),
     ("model", "progress", "manifest"),

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import ml_dtypes
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
 
@@ -230,3 +232,46 @@ def test_what_is_missing_is_compared_with_what_is_nearest() -> None:
     assert "[6, 5]" in text and "'onnx::MatMul_12'" in text and "differ by 0.2 of" in text
     assert "no float initializer has its shape" in explain_miss(match, model.ir, "gone.weight")
     assert "no such parameter" in explain_miss(match, model.ir, "else.weight")
+
+
+def test_a_quantized_weight_is_found_within_its_step() -> None:
+    from loracc.concatenated import ConcatenatedTensor
+    from loracc.encodings.decoded import DecodedTensor
+    from loracc.passes.content_originals import give_originals
+    from loracc.sources.onnx_model import read_graph
+
+    parts = [random(32, 64, seed=seed) for seed in (1, 2)]
+    fused = np.concatenate(parts)
+    scale = np.float32(np.abs(fused).max() / 127)
+    codes = np.round(fused.T / scale).astype(np.int8)
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "q.onnx"
+        onnx.save(quantized(codes, scale), path)
+        model = traced(read_graph(path))
+    base = checkpoint({"q.weight": parts[0], "k.weight": parts[1], "other.weight": random(32, 64, seed=3)})
+    match = match_content(model, base)
+    layouts = {name: layout for name, (_, _, layout, _) in found(match).items()}
+    assert layouts == {"q.weight": Layout(T, 0, 32), "k.weight": Layout(T, 32, 64)}
+    (name,) = {site.initializer for site in match.found}
+    assert not give_originals(model.ir, match, [name])
+    tensor = model.ir.graph.initializers[name].const_value
+    assert isinstance(tensor, DecodedTensor) and isinstance(tensor.original, ConcatenatedTensor)
+    assert np.array_equal(tensor.original.numpy(), fused.T)
+    less = match_content(model, checkpoint({"q.weight": parts[0]}))  # the other half is not known
+    assert give_originals(model.ir, less, [name]) == [name]
+
+
+def quantized(codes: Array, scale: np.float32) -> onnx.ModelProto:
+    """``y = x @ dequantized(codes)``."""
+    helper = onnx.helper
+    graph = helper.make_graph(
+        [
+            helper.make_node("DequantizeLinear", ["w_quantized", "w_scale"], ["w"], "dequantize"),
+            helper.make_node("MatMul", ["x", "w"], ["y"], "product"),
+        ],
+        "g",
+        [helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, ["n", codes.shape[0]])],
+        [helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, ["n", codes.shape[1]])],
+        [onnx.numpy_helper.from_array(codes, "w_quantized"), onnx.numpy_helper.from_array(np.array(scale), "w_scale")],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
