@@ -2,7 +2,7 @@
 
 >>> import loracc
 >>> [name for name in sorted(loracc.__all__) if name[0].islower()]
-['attach', 'bench', 'convert_adapter', 'extract_adapter', 'fold', 'load_adapter', 'load_model', 'verify']
+['attach', 'bench', 'convert_adapter', 'extract_adapter', 'fold', 'load_adapter', 'load_model', 'unfold', 'verify']
 
 The functions are the command line's own: ``loracc.fold("model.pt2", ["adapter/"], "out.onnx")``. Importing this package
 loads neither torch nor onnxruntime nor transformers; what a function needs is loaded when it is called.
@@ -17,15 +17,16 @@ from loracc.deferred import defer_sympy
 
 if TYPE_CHECKING:
     from loracc.adapter import Adapter as Adapter
+    from loracc.benching import bench as bench
     from loracc.convert import convert_adapter as convert_adapter
     from loracc.errors import LoraccError as LoraccError
     from loracc.extract import extract_adapter as extract_adapter
     from loracc.formats import load_adapter as load_adapter
-    from loracc.pipeline import bench as bench
     from loracc.pipeline import fold as fold
     from loracc.pipeline import verify as verify
     from loracc.sources import load_model as load_model
     from loracc.switching.attaching import attach as attach
+    from loracc.unfolding import unfold as unfold
 
 __version__ = "0.1.0"
 
@@ -34,12 +35,13 @@ _HOME = {
     "Adapter": "loracc.adapter",
     "LoraccError": "loracc.errors",
     "attach": "loracc.switching.attaching",
-    "bench": "loracc.pipeline",
+    "bench": "loracc.benching",
     "convert_adapter": "loracc.convert",
     "extract_adapter": "loracc.extract",
     "fold": "loracc.pipeline",
     "load_adapter": "loracc.formats",
     "load_model": "loracc.sources",
+    "unfold": "loracc.unfolding",
     "verify": "loracc.pipeline",
 }
 
@@ -55,6 +57,7 @@ __all__ = [
     "fold",
     "load_adapter",
     "load_model",
+    "unfold",
     "verify",
 ]
 

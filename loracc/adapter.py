@@ -202,6 +202,7 @@ class Adapter:
         naming: How the file spells a module path of the base, where that cannot be read backwards (kohya's underscores,
             GGUF's own names): entries' modules are such spellings, and binding looks the base's paths up under them.
             It returns None for a path that the file could not name.
+        weight: At what strength it is applied; the entries' scales include it.
     """
 
     name: str
@@ -212,9 +213,10 @@ class Adapter:
     config: dict[str, object] = field(default_factory=dict)
     digest: str = ""
     naming: Callable[[str], str | None] | None = None
+    weight: float = 1.0
 
     def scaled(self, weight: float) -> Adapter:
         """The adapter at another strength."""
         if weight == 1.0:
             return self
-        return replace(self, entries=tuple(entry.scaled(weight) for entry in self.entries))
+        return replace(self, entries=tuple(entry.scaled(weight) for entry in self.entries), weight=self.weight * weight)

@@ -9,6 +9,7 @@ from typing import Any
 
 from loracc.adapter import Adapter, Delta, PendingDelta
 from loracc.model import BaseModel, LoadOptions
+from loracc.provenance import read_provenance
 from loracc.tensors import dims
 
 __all__ = ["describe_adapter", "describe_model", "inspect"]
@@ -81,10 +82,9 @@ def describe_model(model: BaseModel) -> dict[str, Any]:
             "ops": dict(Counter(node.op_type for node in graph.all_nodes()).most_common()),
         }
         found["lora"] = _lora_inside(model)
-    provenance = {key: value for key, value in model.ir.metadata_props.items() if key.startswith("loracc.")}
-    provenance.pop("loracc.sites", None)
-    if provenance:
-        found["made_by_loracc"] = provenance
+    record = read_provenance(model)
+    if record is not None:
+        found["made_by_loracc"] = record.to_json()
     found["notes"] = list(model.notes)
     found["sites"] = [
         {

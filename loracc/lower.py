@@ -7,18 +7,15 @@ from dataclasses import replace
 
 import onnx_ir as ir
 
-from loracc import __version__
-from loracc.adapter import Adapter
-from loracc.folded import Binding, FoldedTensor
+from loracc.folded import FoldedTensor
 from loracc.model import BaseModel
 from loracc.passes.fold import FoldPass
 from loracc.passes.link_biases import LinkBiases
 from loracc.passes.retype import RetypePass, recast
 from loracc.passes.unshare import Clone, UnsharePass
 from loracc.sites import SiteTable, write_records
-from loracc.targets.onnx_file import stamp
 
-__all__ = ["folded_tensors", "lower", "stamp_provenance"]
+__all__ = ["folded_tensors", "lower"]
 
 _FLOATS = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.FLOAT, ir.DataType.DOUBLE)
 
@@ -71,9 +68,3 @@ def folded_tensors(model: ir.Model) -> list[FoldedTensor]:
     """The initializers that deltas were folded into, in order."""
     found = (value.const_value for value in model.graph.initializers.values())
     return [tensor for tensor in found if isinstance(tensor, FoldedTensor) and tensor.bindings]
-
-
-def stamp_provenance(model: ir.Model, adapters: Sequence[Adapter], bindings: Sequence[Binding]) -> None:
-    """Record in the graph what it was made from; the same for the same inputs."""
-    described = [f"{adapter.name} {adapter.format} sha256:{adapter.digest}" for adapter in adapters]
-    stamp(model, {"version": __version__, "adapters": "; ".join(described), "folded": str(len(bindings))})

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from loracc.binding import bind_adapters, raise_adapters, read_adapters
 from loracc.errors import CheckFailed, InputError
 from loracc.fold_result import FoldResult
+from loracc.recorded import found_inputs, said
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from loracc.progress import Progress
     from loracc.verdict import Verification
 
-__all__ = ["FoldResult", "bench", "fold", "load_traced", "split_options", "verify"]
+__all__ = ["FoldResult", "fold", "load_traced", "split_options", "verify"]
 
 Path_ = str | Path
 
@@ -91,7 +92,9 @@ def fold(
     load, told = split_options(options)
     read = read_adapters(specs, told, combine=combine, density=density, rank=rank, seed=seed)
     with job.base(_load(model, load, graph=job.target.needs_graph)) as loaded:
-        lowered = _lower(loaded, read, job, maps, allow_unmatched, original)
+        chosen = {"combine": combine, "density": density, "rank": rank, "seed": seed, "dtype": dtype}
+        facts = said(load, told, maps=maps, allow_unmatched=allow_unmatched, original=original, **chosen)
+        lowered = _lower(loaded, read, job, maps, allow_unmatched, original, facts)
         found = lowered.bound.bindings
         with saved_adapter(save_adapter, lowered.base, found, inputs, force=force, dry_run=dry_run):
             result = _plan(lowered, job) if dry_run else _write(lowered, job, inputs, force=force, verify=verify)
@@ -103,10 +106,11 @@ def fold(
 
 
 def verify(
-    base: Path_,
+    base: Path_ | None,
     output: Path_,
     adapters: Sequence[Path_] = (),
     *,
+    search: Sequence[Path_] = (),
     original: Path_ | None = None,
     maps: Sequence[str] = (),
     allow_unmatched: bool = False,
@@ -128,9 +132,10 @@ def verify(
     """Prove that ``output`` is ``base`` with the adapters folded in.
 
     Args:
-        base: The original model.
+        base: The original model; None to find it, and the adapters, by what ``output`` says it was made from.
         output: What was made of it.
-        adapters: As given to :func:`fold`.
+        adapters: As given to :func:`fold`. None is needed where the LoRA was found in the base's own graph.
+        search: Folders in which to find them.
         original: As given to :func:`fold`.
         combine, density, rank: As given to :func:`fold`.
         latency: Also compare latency with the base.
@@ -150,10 +155,19 @@ def verify(
     from loracc.formats import parse_adapter_spec
     from loracc.report import check_reports
     from loracc.targets import target_for
-    from loracc.verify import VerifyOptions
-    from loracc.verify import verify as judge
+    from loracc.verification import VerifyOptions
+    from loracc.verification import verify as judge
     from loracc.verify_plans import are_plans, verify_plans
 
+    if base is None:
+        base, adapters, recorded = found_inputs(output, search, adapters, options)
+        asked = {
+            "latency": latency, "provider": provider, "threads": threads, "seconds": seconds, "processes": processes,
+            "margin": margin, "seed": seed, "reports": reports, "junit": junit, "progress": progress,
+        }  # fmt: skip
+        return verify(base, output, adapters, **{**asked, **options, **recorded})
+    if search:
+        raise InputError("--search finds the base, and one was named.", hint="Leave one of them out.")
     check_reports(reports, [Path(base), Path(output)])
     if junit is not None:
         check_reports([junit], [Path(base), Path(output)], endings=())
@@ -165,8 +179,13 @@ def verify(
     made = _load(output, {}, graph=graph)
     specs = [parse_adapter_spec(str(adapter)) for adapter in adapters]
     read = read_adapters(specs, told, combine=combine, density=density, rank=rank, seed=seed)
-    loaded, bound = bind_adapters(loaded, read, maps, allow_unmatched, original)
+    raised_from = None if read else loaded.ir
+    if read:
+        loaded, bound = bind_adapters(loaded, read, maps, allow_unmatched, original)
+    else:
+        loaded, bound = raise_adapters(loaded)
     judging = VerifyOptions(
+        raised_from=raised_from,
         seed=seed,
         provider=provider,
         threads=threads,
@@ -188,66 +207,6 @@ def _reported(result: Verification, reports: Sequence[Path_], junit: Path_ | Non
     if junit is not None:
         write_junit(result.to_json(), junit)
     return result
-
-
-def bench(
-    models: Sequence[Path_],
-    *,
-    inputs_file: Path_ | None = None,
-    batch: int | Sequence[int] = 1,
-    sequence: int | Sequence[int] = 128,
-    adapter_file: Path_ | None = None,
-    provider: str = "cpu",
-    threads: int = 0,
-    seconds: float = 20.0,
-    processes: int = 4,
-    margin: float | None = None,
-    csv_file: Path_ | None = None,
-    plot: Path_ | None = None,
-    progress: Progress | None = None,
-) -> list[dict[str, Any]]:
-    """Latency of each model against the first, in interleaved pairs.
-
-    Args:
-        models: Files that take the same inputs.
-        inputs_file: ``.npz`` of inputs by name; seeded random ones when None.
-        batch, sequence: Sizes of the dynamic axes, one or several.
-        adapter_file: An ``.onnx_adapter`` to have active in the models with switchable sites.
-        provider: What runs the models.
-        threads: Threads inside one operator.
-        seconds: Time to spend per pair, over all ``processes``.
-        processes: Processes to measure in, one after the other.
-        margin: Ratios inside 1 ± margin count as equal.
-        csv_file, plot: Files to write the rows and a picture of them to.
-        progress: Told what is going on; None is silent.
-
-    Returns:
-        A row for each setting and model: see :func:`loracc.bench_grid.bench_models`.
-    """
-    from loracc.bench_files import PLOT_ENDINGS, bench_csv, write_plot
-    from loracc.bench_grid import BenchOptions, bench_models
-    from loracc.report import check_reports, write_text
-
-    inputs = [Path(model) for model in models]
-    check_reports([csv_file] if csv_file else [], inputs, endings=())
-    check_reports([plot] if plot else [], inputs, endings=PLOT_ENDINGS)
-    options = BenchOptions(
-        inputs_file=inputs_file,
-        batches=(batch,) if isinstance(batch, int) else batch,
-        sequences=(sequence,) if isinstance(sequence, int) else sequence,
-        adapter_file=adapter_file,
-        provider=provider,
-        threads=threads,
-        seconds=seconds,
-        processes=processes,
-        margin=margin,
-    )
-    rows = bench_models(inputs, options, progress)
-    if csv_file:
-        write_text(csv_file, bench_csv(rows))
-    if plot:
-        write_plot(rows, plot)
-    return rows
 
 
 def _load(path: Path_, load: dict[str, Any], *, graph: bool) -> BaseModel:
@@ -310,8 +269,12 @@ def _lower(
     maps: Sequence[str],
     allow_unmatched: bool,
     original: Path_ | None,
+    facts: dict[str, Any],
 ) -> _Lowered:
-    from loracc.lower import lower, stamp_provenance
+    from loracc.lower import lower
+    from loracc.provenance import Provenance, identify, read_provenance, stamp_provenance
+
+    identity, previous = identify(model), read_provenance(model)
 
     if adapters:
         base, bound = bind_adapters(model, adapters, maps, allow_unmatched, original)
@@ -320,8 +283,7 @@ def _lower(
     else:
         raise InputError("--base finds the weights that an adapter is for, and no adapter was given.")
     lowered = lower(base, job.dtype)
-    if base.traced:
-        stamp_provenance(lowered.ir, adapters, bound.bindings)
+    stamp_provenance(lowered.ir, Provenance.of(identity, adapters, bound.bindings, facts, previous))
     return _Lowered(base, lowered, bound, None if adapters else model.ir)
 
 
@@ -343,8 +305,8 @@ def _write(lowered: _Lowered, job: Job, inputs: Sequence[Path], *, force: bool, 
 
 def _verify_staged(lowered: _Lowered, path: Path, job: Job) -> Verification:
     """Judge what was written, where it was written; raise when a check says no."""
-    from loracc.verify import VerifyOptions
-    from loracc.verify import verify as judge
+    from loracc.verification import VerifyOptions
+    from loracc.verification import verify as judge
 
     made = _load(path, {}, graph=job.target.needs_graph)
     options = VerifyOptions(dtype=job.dtype, raised_from=lowered.raised_from)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from loracc.extract import ExtractResult
     from loracc.pipeline import FoldResult
     from loracc.switching.request import AttachResult
+    from loracc.unfolding import UnfoldResult
     from loracc.verdict import Verification
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "print_extraction",
     "print_fold",
     "print_inspection",
+    "print_unfolded",
     "print_verification",
     "write_junit",
     "write_report",
@@ -169,6 +171,15 @@ def print_extraction(result: ExtractResult, console: Console) -> None:
     console.print(Text(f"Wrote {result.output} ({_bytes(result.bytes)})"))
 
 
+def print_unfolded(result: UnfoldResult, console: Console) -> None:
+    """What has the base's value again."""
+    for note in result.notes:
+        console.print(Text(f"note: {note}"))
+    console.print(Text(f"{counted(len(result.restored), 'weight')} restored, {result.unchanged} had the base's bytes"))
+    console.print(Text(f"{result.digest}, the base's"))
+    console.print(Text(f"Wrote {result.output} ({_bytes(result.bytes)})"))
+
+
 def print_inspection(found: dict[str, Any], console: Console, *, sites: bool = False) -> None:
     """What a file is and what is in it."""
     table = Table(box=None, pad_edge=False, show_header=False)
@@ -179,6 +190,8 @@ def print_inspection(found: dict[str, Any], console: Console, *, sites: bool = F
             continue
         if key in ("sites", "entries"):
             table.add_row(key, str(len(value)))
+        elif key == "made_by_loracc":
+            table.add_row("made by loracc", "\n".join(_origin(value)))
         elif isinstance(value, dict):
             table.add_row(key, ", ".join(f"{k}: {v}" for k, v in value.items()) or "-")
         elif isinstance(value, list):
@@ -215,6 +228,20 @@ def _print_lora(lora: dict[str, Any], console: Console) -> None:
             console.print(Text(f"... and {len(lora['found']) - _SHOWN} more (--json lists all)"))
     for row in lora["lookalikes"]:
         console.print(Text(f"looks like LoRA and is not: {row['where']}: {row['reason']}"))
+
+
+def _origin(record: dict[str, Any]) -> list[str]:
+    """From what a file was made, for a person."""
+    base = record["base"]
+    lines = [f"base: {base['format']}, {counted(base['tensors'], 'tensor')}, {base['digest']}"]
+    for one in record["adapters"]:
+        strength = "" if one["weight"] == 1.0 else f" at {one['weight']:g} of its strength"
+        lines.append(f"adapter {one['name']}: {one['format']}, {one['digest']}{strength}")
+    if not record["adapters"]:
+        lines.append("adapter: LoRA found in the base's own graph")
+    lines.append(f"folded: {counted(len(record['sites']), 'delta')} (--json lists all)")
+    lines += [f"{key}: {value}" for key, value in record["options"].items()]
+    return [*lines, "versions: " + ", ".join(f"{name} {number}" for name, number in record["versions"].items())]
 
 
 def check_reports(paths: Sequence[str | Path], others: Sequence[Path], *, endings: Sequence[str] = (".json",)) -> None:

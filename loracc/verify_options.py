@@ -14,7 +14,7 @@ __all__ = ["VerifyOptions"]
 
 @dataclass(frozen=True)
 class VerifyOptions:
-    """Settings of :func:`loracc.verify.verify`.
+    """Settings of :func:`loracc.verification.verify`.
 
     Attributes:
         inputs: Inputs by name, in place of the model's own and of random ones.

@@ -26,7 +26,7 @@ from loracc.verify_encoded import check_encoded, same_parts
 from loracc.verify_oracle import half_ulp, oracle_slabs
 from loracc.verify_structure import Pair
 
-__all__ = ["SLACK", "check_untouched", "check_weights", "required_share"]
+__all__ = ["SLACK", "check_untouched", "check_weights", "required_share", "same_bytes"]
 
 #: DESIGN.md 4: what float32 arithmetic before the rounding may cost, relative to |W| + |s|Σ|B||A|.
 SLACK = 2.0**-21
@@ -67,7 +67,7 @@ def check_weights(
             site, _ = check_encoded(pair.out, before, after, (), leader)
             changed += [pair.out] if site.reason else []
         elif not here:
-            same = _same(before, after)
+            same = same_bytes(before, after)
             untouched += same
             changed += [] if same else [pair.out]
         elif isinstance(before, DecodedTensor) and isinstance(after, DecodedTensor):
@@ -89,7 +89,7 @@ def check_weights(
 def check_untouched(base: ir.Model, out: ir.Model, pairs: Sequence[Pair]) -> Weights:
     """Every paired initializer byte for byte, where no weight is meant to change (deltas stay beside the weights)."""
     ours, theirs = base.graph.initializers, out.graph.initializers
-    changed = [pair.out for pair in pairs if not _same(_tensor(ours[pair.base]), _tensor(theirs[pair.out]))]
+    changed = [pair.out for pair in pairs if not same_bytes(_tensor(ours[pair.base]), _tensor(theirs[pair.out]))]
     reason = f"the bytes of {_listed(changed)} differ from the base's" if changed else ""
     return Weights("fail" if changed else "pass", reason, untouched=len(pairs) - len(changed), changed=tuple(changed))
 
@@ -202,7 +202,7 @@ def _names(bindings: Sequence[Binding]) -> tuple[str, str]:
     return ", ".join(sites), ", ".join(dict.fromkeys(binding.adapter for binding in bindings))
 
 
-def _same(before: ir.TensorProtocol, after: ir.TensorProtocol) -> bool:
+def same_bytes(before: ir.TensorProtocol, after: ir.TensorProtocol) -> bool:
     """Byte for byte, in chunks; a weight whose dtype changed must be the base's, rounded once."""
     if isinstance(before, DecodedTensor) and isinstance(after, DecodedTensor):
         return same_parts(before, after)

@@ -4,7 +4,8 @@
    came on top of the base's (a head that is no longer tied); then a new header is written, with the same metadata.
 2. Every other file of the base (configuration, tokenizer, ...) is copied. ``config.json`` and the index change only
    where they would otherwise be wrong: the dtype, the tie of the embeddings, the map of the shards.
-3. A base in another format (PyTorch's ``.bin``, a state dict) becomes one ``model.safetensors``.
+3. ``loracc.json`` says from what it was made; the tensor files themselves say nothing of it.
+4. A base in another format (PyTorch's ``.bin``, a state dict) becomes one ``model.safetensors``.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ __all__ = ["plan_checkpoint", "safetensors_header", "write_checkpoint"]
 
 #: What the libraries look for where the base's own file name says nothing.
 DEFAULT_NAME = "model.safetensors"
+#: Where the record of what a checkpoint was made from is kept, and where a model has it: :mod:`loracc.provenance`.
+RECORD_FILE, RECORD_KEY = "loracc.json", "loracc.provenance"
 #: A header's length is a multiple of this, as the reference writer has it.
 _HEADER_ALIGNMENT = 8
 _CONFIG_DTYPES = {
@@ -82,7 +85,7 @@ def plan_checkpoint(model: BaseModel, out: Path, *, folder: bool) -> WritePlan:
     small: dict[Path, Callable[[], bytes]] = {}
     copies: dict[Path, Path] = {}
     if folder:
-        _surroundings(files, parts, tensors, out, small, copies)
+        _surroundings(files, parts, tensors, out, small, copies, model.ir.metadata_props.get(RECORD_KEY, ""))
     return WritePlan(
         weights,
         small,
@@ -183,10 +186,14 @@ def _surroundings(
     out: Path,
     small: dict[Path, Callable[[], bytes]],
     copies: dict[Path, Path],
+    record: str,
 ) -> None:
     """The files beside the weights: copied, except where they would no longer be true."""
     for path in files.others:
         copies[out / path.relative_to(files.folder)] = path
+    copies.pop(out / RECORD_FILE, None)  # the base's own, which is part of the new one
+    if record:
+        small[out / RECORD_FILE] = lambda: (record + "\n").encode()
     config = out / "config.json"
     if config in copies and (changes := _config_changes(files, tensors)):
         source = copies.pop(config)

@@ -16,7 +16,7 @@ from loracc.dtypes import round_to
 from loracc.folded import Binding
 from loracc.model import BaseModel
 from loracc.verdict import Verification
-from loracc.verify import VerifyOptions, verify
+from loracc.verification import VerifyOptions, verify
 from tests.verifying import MODELS, bind, build, folded, low_rank, write
 
 DTYPES = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}

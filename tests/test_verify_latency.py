@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from loracc.bench_grid import BenchOptions, bench_models
 from loracc.cli import main
 from loracc.errors import InputError
-from loracc.verify import VerifyOptions, verify
+from loracc.verification import VerifyOptions, verify
 from loracc.verify_ratio import Ratio, estimate, rule
 from tests.verifying import bind, build, folded, write
 

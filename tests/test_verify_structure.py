@@ -14,7 +14,7 @@ from loracc.folded import FoldedTensor
 from loracc.model import BaseModel
 from loracc.sites import Site, SiteTable
 from loracc.verdict import Structure
-from loracc.verify import VerifyOptions, verify
+from loracc.verification import VerifyOptions, verify
 from loracc.verify_structure import Pair, compare_checkpoints, compare_graphs
 from tests.verifying import bind, build, folded, low_rank, write
 

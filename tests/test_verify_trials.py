@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from loracc.verify import VerifyOptions, verify
+from loracc.verification import VerifyOptions, verify
 from tests.test_verify_faults import DTYPES
 from tests.verifying import MODELS, bind, build, folded, write
 

@@ -22,6 +22,7 @@ __all__ = ["verify"]
 _EPILOG = """\b
 Examples:
   loracc verify model.pt2 out.onnx --adapter adapter/
+  loracc verify out.onnx --search models/ --search adapters/
   loracc verify hf_folder/ merged/ --adapter a/ --adapter b/@0.5 --json
   loracc verify base.onnx out.onnx --adapter adapter/ --latency --junit result.xml
   loracc verify base.engine out.engine                  two TensorRT plans, outside their weights
@@ -31,8 +32,7 @@ Exit code 0 when every check passed, 1 when one said no, 2 when the call or a fi
 
 
 @click.command(epilog=_EPILOG)
-@click.argument("base", type=click.Path())
-@click.argument("output", type=click.Path(), metavar="OUT")
+@click.argument("models", nargs=-1, required=True, type=click.Path(), metavar="[BASE] OUT")
 @click.option(
     "--adapter",
     "adapters",
@@ -40,6 +40,10 @@ Exit code 0 when every check passed, 1 when one said no, 2 when the call or a fi
     metavar="ADAPTER",
     help="What was folded, as given to fold. Repeatable, in order.",
 )
+@click.option(
+    "--search", multiple=True, metavar="DIR", type=click.Path(),
+    help="Find the base and the adapters that OUT names, by their digests. Repeatable.",
+)  # fmt: skip
 @adapter_options
 @base_option
 @combine_options
@@ -57,11 +61,14 @@ Exit code 0 when every check passed, 1 when one said no, 2 when the call or a fi
 )
 @click.option("--junit", metavar="FILE", type=click.Path(), help="Write the verdicts as JUnit XML.")
 @output_options
-def verify(base: str, output: str, adapters: tuple[str, ...], as_json: bool, quiet: bool, **values: Any) -> int:
+def verify(models: tuple[str, ...], adapters: tuple[str, ...], as_json: bool, quiet: bool, **values: Any) -> int:
     """Prove that OUT is BASE with the adapters folded in: numbers, structure and, when asked, latency."""
     from loracc import pipeline, report
     from loracc.progress import progress_for
 
+    if len(models) > 2:
+        raise click.UsageError(f"verify takes BASE and OUT, or OUT alone with --search; {len(models)} were named.")
+    base, output = models if len(models) == 2 else (None, models[0])
     out = console(as_json=as_json, quiet=quiet)
     with progress_for(quiet=quiet) as progress:
         result = pipeline.verify(base, output, adapters, progress=progress, **values)

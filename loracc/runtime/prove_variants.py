@@ -1,7 +1,7 @@
 """The proof of a deployment: what was written is the base, and every stored variant is it with an adapter folded in.
 
-The same judges as for ``loracc fold`` (:mod:`loracc.verify`), on what a session will be made of: the graph read back
-from its file, with the deltas read back from theirs.
+The same judges as for ``loracc fold`` (:mod:`loracc.verification`), on what a session will be made of: the graph read
+back from its file, with the deltas read back from theirs.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from loracc.folded import Binding
 from loracc.model import BaseModel
 from loracc.runtime.variant_graph import variant_graph
 from loracc.verdict import Verification
-from loracc.verify import VerifyOptions, verify
+from loracc.verification import VerifyOptions, verify
 from loracc.verify_structure import compare_graphs
 from loracc.verify_weights import check_weights
 
