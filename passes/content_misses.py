@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as ir
 
 from loracc.dtypes import is_float
-from loracc.passes.content_samples import Elements, Matrix, sample_positions
+from loracc.passes.content_samples import Elements, Matrix, agree, sample_positions, step_of
 from loracc.passes.content_sites import ContentMatch
 from loracc.tensors import dims
 
@@ -39,6 +39,8 @@ def explain_miss(match: ContentMatch, model: ir.Model, name: str) -> str:
     if tensor is None:
         return ""
     shape = ", ".join(map(str, dims(tensor)))
+    if (other := _reshaped(model, tensor)) is not None:
+        return f"the base's {full} [{shape}] is in {other}: a delta cannot be added through a change of its shape"
     nearest = _nearest(model, tensor)
     return f"the base's {full} [{shape}] is in no initializer, in no orientation and as no block; {nearest}"
 
@@ -50,6 +52,22 @@ def _same(one: str, other: str) -> bool:
 def _equals(match: ContentMatch, name: str) -> list[str]:
     """Other parameters that are ambiguous with this one."""
     return [other for other, where in match.ambiguous.items() if other != name and where == match.ambiguous[name]]
+
+
+def _reshaped(model: ir.Model, tensor: ir.TensorProtocol) -> str | None:
+    """The initializer that holds the same numbers in another shape."""
+    for name, value in model.graph.initializers.items():
+        other = value.const_value
+        if other is None or not is_float(other.dtype) or other.size != tensor.size or dims(other) == dims(tensor):
+            continue
+        flat, _ = sample_positions(int(tensor.size), 1)
+        views = [Matrix.of(dims(tensor), turned=turned) for turned in (False, True)[: len(tensor.shape)]]
+        with Elements(tensor) as one, Elements(other) as two:
+            theirs = two.at(flat)
+            mine = [one.at(view.flat(flat // view.shape[1], flat % view.shape[1])) for view in views]
+        if any(agree(own, theirs, tensor.dtype, other.dtype, step_of(other)).all() for own in mine):
+            return f"{name!r}, as [{', '.join(map(str, dims(other)))}]"
+    return None
 
 
 def _nearest(model: ir.Model, tensor: ir.TensorProtocol) -> str:

@@ -15,6 +15,7 @@ from loracc.errors import InputError, UnsupportedError
 from loracc.model import BaseModel, LoadOptions
 from loracc.passes.decode_weights import DecodeWeights
 from loracc.passes.find_sites import find_sites
+from loracc.passes.lift_subgraph_weights import LiftSubgraphWeights
 from loracc.sites import SiteTable
 from loracc.sources.onnx_tensors import check_tensors
 from loracc.sources.onnx_wiring import check_wiring
@@ -93,6 +94,7 @@ def read_graph(path: Path) -> ir.Model:
         ) from error
     _name_nodes(model)
     _lift_weights(model)
+    LiftSubgraphWeights()(model)
     _separate_weights(model)
     DecodeWeights()(model)
     return model
@@ -133,7 +135,7 @@ def _lift_weights(model: ir.Model) -> None:
 
     A graph without such weights is left as it is.
     """
-    for node in model.graph:
+    for node in ir.traversal.RecursiveGraphIterator(model.graph):
         attribute = node.attributes.get("value")
         if node.op_type == "Constant" and attribute is not None and attribute.type == ir.AttributeType.TENSOR:
             tensor = attribute.as_tensor()

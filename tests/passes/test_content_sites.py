@@ -275,3 +275,13 @@ def quantized(codes: Array, scale: np.float32) -> onnx.ModelProto:
         [onnx.numpy_helper.from_array(codes, "w_quantized"), onnx.numpy_helper.from_array(np.array(scale), "w_scale")],
     )
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+
+
+def test_a_weight_in_another_shape_is_said_to_be_there() -> None:
+    weight = random(6, 4)
+    build = Builder()
+    flat = build.weight(weight.T.reshape(24).copy(), "flat")
+    shape = build.weight(np.array([4, 6]), "shape")
+    model = traced(build.model(build("MatMul", build.input("x", ["n", 4]), build("Reshape", flat, shape))))
+    match = match_content(model, checkpoint({"fc.weight": weight}))
+    assert "is in 'flat', as [24]" in explain_miss(match, model.ir, "fc.weight")
