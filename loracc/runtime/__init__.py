@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from loracc.runtime.attaching import add_variants, attach_variants
 from loracc.runtime.deployment import Deployment
 from loracc.runtime.trt_deployment import TrtDeployment
 
-__all__ = ["Deployment", "TrtDeployment", "add_variants", "attach_variants"]
+__all__ = ["Deployment", "TrtDeployment"]

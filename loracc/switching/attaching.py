@@ -43,7 +43,8 @@ def attach(
     Args:
         model: A model file or folder, as for :func:`loracc.fold`.
         adapters: Files or folders, each optionally ``NAME=PATH`` and ``PATH@WEIGHT``; each stays one of its own.
-        output: An ``.onnx`` file; what else the mode writes goes beside it.
+        output: An ``.onnx`` file; what else the mode writes goes beside it. With "variants", and the graph of a
+            deployment as model and output, the adapters are added to it.
         mode: A name of :data:`loracc.switching.modes.MODES`.
         sums: "inputs": further adapters that are exact sums of the given ones, ``NAME=a+b@0.5``.
         slots: "batched": how many places for adapters; as many as adapters when None.
@@ -62,8 +63,16 @@ def attach(
     from loracc.pipeline import load_traced, split_options
     from loracc.report import check_reports, write_report
     from loracc.switching.request import AttachRequest, Bound
+    from loracc.switching.variants import add_variants, adds_to
 
     _check_call(mode, adapters, output, {"sums": sums, "slots": slots, "rank": rank})
+    if adds_to(mode, model, output):
+        asked = {"maps": maps, "allow_unmatched": allow_unmatched, "verify": verify, "force": force, **options}
+        check_reports(reports, [Path(output)])
+        result = add_variants(output, adapters, dry_run=dry_run, **asked)
+        for path in reports:
+            write_report(result.to_json(), path)
+        return result
     job = Job.of(output, dtype, external, progress)
     specs = [parse_adapter_spec(str(adapter)) for adapter in adapters]
     inputs = (Path(model), *(Path(spec.path) for spec in specs))

@@ -38,6 +38,10 @@ MODES: dict[str, Mode] = {
         "loracc.switching.inputs",
         frozenset({"sums"}),
     ),
+    "variants": Mode(
+        "the base's own graph; weights are folded when an adapter is loaded: any kind, no cost per call",
+        "loracc.switching.variants",
+    ),
 }
 
 

@@ -24,8 +24,8 @@ import numpy as np
 
 import loracc
 from loracc.dtypes import Array
-from loracc.runtime import Deployment, attach_variants
-from tests.runtime.deployments import adapter, base
+from loracc.runtime import Deployment
+from tests.runtime.deployments import adapter, attach_variants, base
 
 __all__ = ["Soak", "main", "prepare", "resident_bytes", "soak"]
 

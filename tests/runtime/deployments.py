@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from loracc.dtypes import Array
-from loracc.runtime.attaching import attach_variants
+from loracc.switching.attaching import attach
+from loracc.switching.request import AttachResult
 from tests.formats.peft_files import lora, write_adapter
 
-__all__ = ["INNER", "WIDTH", "adapter", "base", "deployment", "feed", "outputs"]
+__all__ = ["INNER", "WIDTH", "adapter", "attach_variants", "base", "deployment", "feed", "outputs"]
 
 WIDTH, INNER = 32, 48
 
@@ -56,6 +59,11 @@ def adapter(
     for module in modules:
         tensors |= lora(module, *shapes.get(module, (width, width)), seed=10 * seed)
     return write_adapter(folder, tensors, target_modules=list(modules))
+
+
+def attach_variants(model: Path, adapters: Sequence[str | Path], output: Path, **options: Any) -> AttachResult:
+    """``loracc attach --as variants``."""
+    return attach(model, adapters, output, mode="variants", **options)
 
 
 def deployment(folder: Path, names: tuple[str, ...] = ("a", "b", "c"), *, verify: bool = False) -> Path:

@@ -15,9 +15,9 @@ from safetensors.numpy import save_file
 
 from loracc.errors import BindingError, CheckFailed, InputError, LoraccError
 from loracc.runtime import Deployment
-from loracc.runtime.attaching import add_variants, attach_variants
+from loracc.switching.variants import add_variants
 from tests.formats.peft_files import write_adapter
-from tests.runtime.deployments import adapter, base, deployment, feed
+from tests.runtime.deployments import adapter, attach_variants, base, deployment, feed
 
 Edit = Callable[[Path], None]
 
@@ -236,11 +236,20 @@ WRONG_CALLS: dict[str, tuple[Callable[[Path], object], type[LoraccError], str]] 
         "two adapters are named",
     ),
     "no adapter": (lambda f: attach_variants(base(f), [], f / "new.onnx"), InputError, "no adapter was given"),
-    "not ONNX": (lambda f: attach_variants(base(f), [adapter(f / "x")], f / "new.pt2"), InputError, "from an ONNX"),
+    "not ONNX": (
+        lambda f: attach_variants(base(f), [adapter(f / "x")], f / "new.pt2"),
+        InputError,
+        "attach writes .onnx files",
+    ),
     "inline": (
         lambda f: attach_variants(base(f), [adapter(f / "x")], f / "new.onnx", external="inline"),
         InputError,
         "cannot be shared",
+    ),
+    "another dtype": (
+        lambda f: attach_variants(base(f), [adapter(f / "x")], f / "new.onnx", dtype="fp16"),
+        InputError,
+        "would be rounded twice",
     ),
     "there already": (
         lambda f: attach_variants(base(f), [adapter(f / "x")], deployment(f)),

@@ -15,8 +15,8 @@ import pytest
 import loracc
 from loracc.errors import InputError
 from loracc.runtime import Deployment
-from loracc.runtime.attaching import add_variants, attach_variants
-from tests.runtime.deployments import adapter, base, deployment, feed, outputs
+from loracc.switching.variants import add_variants
+from tests.runtime.deployments import adapter, attach_variants, base, deployment, feed, outputs
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
