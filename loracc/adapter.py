@@ -198,7 +198,7 @@ class Adapter:
         entries: The deltas, in the file's order.
         notes: What a user should know that is no error (e.g. dropout ignored at inference).
         config: The format's own configuration, as read, for provenance.
-        digest: sha256 of the tensors and configuration.
+        digested: Computes ``digest``.
         naming: How the file spells a module path of the base, where that cannot be read backwards (kohya's underscores,
             GGUF's own names): entries' modules are such spellings, and binding looks the base's paths up under them.
             It returns None for a path that the file could not name.
@@ -211,9 +211,14 @@ class Adapter:
     entries: tuple[Entry, ...]
     notes: tuple[str, ...] = ()
     config: dict[str, object] = field(default_factory=dict)
-    digest: str = ""
+    digested: Callable[[], str] = str
     naming: Callable[[str], str | None] | None = None
     weight: float = 1.0
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the tensors and configuration; "" where nothing was read from a file."""
+        return self.digested()
 
     def scaled(self, weight: float) -> Adapter:
         """The adapter at another strength."""

@@ -104,7 +104,7 @@ def combine_adapters(adapters: Sequence[Adapter], weights: Sequence[float], opti
         entries=tuple(entries),
         notes=tuple(note for adapter in adapters for note in adapter.notes),
         config={"combine": options.method, "density": options.density, "rank": options.rank, "seed": options.seed},
-        digest="+".join(f"{adapter.digest}@{weight:g}" for adapter, weight in zip(adapters, weights, strict=True)),
+        digested=lambda: "+".join(f"{one.digest}@{weight:g}" for one, weight in zip(adapters, weights, strict=True)),
         naming=adapters[0].naming,
     )
 

@@ -113,6 +113,12 @@ def all_finite(values: Array) -> bool:
     """
     if not values.size:
         return True
+    if values.dtype in (np.float32, np.float64) and values.flags.c_contiguous:
+        # One product over numbers of any ordinary size; what overflows it is looked at again.
+        flat = values.reshape(-1)
+        with np.errstate(over="ignore", invalid="ignore"):
+            if np.isfinite(np.dot(flat, flat)):
+                return True
     size = values.dtype.itemsize
     infinity = int(np.array(np.inf).astype(values.dtype).view(f"u{size}"))
     sign = 1 << (8 * size - 1)

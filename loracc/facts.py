@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 
+from loracc.blas import one_blas_thread
 from loracc.dtypes import Array
 from loracc.folded import Binding, FoldedTensor
 from loracc.requantized import RequantizedTensor
 from loracc.tensors import PermutedTensor, dims, tile_rows
 
-__all__ = ["SiteFacts", "loss_notes", "site_facts"]
+__all__ = ["Facts", "SiteFacts", "loss_notes", "site_facts"]
 
-#: How much of each weight is read for the two norms; spread evenly over its rows.
-SAMPLE_BYTES = 1 << 18
+#: How much of each weight is read for the two norms, and in how many runs of rows. (Measured on 1.1B: a quarter of a
+#: MiB in eight runs takes 0.23 s, a tenth of the fold's time, and says the same to 1 %.)
+SAMPLE_BYTES, RUNS = 1 << 16, 4
 
 
 @dataclass(frozen=True)
@@ -52,15 +55,43 @@ class SiteFacts:
 
 
 def site_facts(folded: Iterable[FoldedTensor]) -> list[SiteFacts]:
+    """Facts about every binding: see :class:`Facts`."""
+    return Facts(folded).rows()
+
+
+class Facts:
     """Facts about every binding. The two norms are estimated from evenly spread rows (the same ones at every run).
 
-    Deltas that share an initializer share its norms: they are rounded together.
+    Deltas that share an initializer share its norms: they are rounded together. Whoever has workers lets them do
+    ``jobs``; ``rows`` does what is left.
     """
-    rows = []
-    for tensor in folded:
-        relative_norm, survived = _norms(tensor)
-        rows += [_row(binding, relative_norm, survived) for binding in tensor.bindings]
-    return rows
+
+    def __init__(self, folded: Iterable[FoldedTensor]) -> None:
+        self._folded = list(folded)
+        self._norms: dict[int, tuple[float | None, float | None]] = {}
+
+    def jobs(self) -> list[Callable[[], None]]:
+        """One for each tensor, in any order and from any thread."""
+        return [partial(self._look, index) for index in range(len(self._folded))]
+
+    def rows(self) -> list[SiteFacts]:
+        """The facts, in the order of the tensors and their bindings."""
+        with one_blas_thread():
+            for index in range(len(self._folded)):
+                self._look(index)
+        return [
+            _row(binding, *self._norms[index])
+            for index, tensor in enumerate(self._folded)
+            for binding in tensor.bindings
+        ]
+
+    def notes(self) -> list[str]:
+        """What the user should know of them: see :func:`loss_notes`."""
+        return loss_notes(self._folded)
+
+    def _look(self, index: int) -> None:
+        if index not in self._norms:
+            self._norms[index] = _norms(self._folded[index])
 
 
 #: Shares of ΔW below which a quantized site is named in a note.
@@ -115,17 +146,17 @@ def _squares(values: Array) -> float:
 
 
 def _sampled_rows(tensor: FoldedTensor) -> list[tuple[int, int]]:
-    """Up to eight evenly spread runs of rows, SAMPLE_BYTES together; all rows of a small tensor.
+    """Up to RUNS evenly spread runs of rows, SAMPLE_BYTES together; all rows of a small tensor.
 
     A weight that is turned while it is read gives one run only: each costs a look at every page of it.
     """
     shape = dims(tensor)
     length = shape[0] if shape else 1
-    run = tile_rows(shape, int(tensor.dtype.itemsize), SAMPLE_BYTES // 8)
-    if run * 8 >= length:
+    run = tile_rows(shape, int(tensor.dtype.itemsize), SAMPLE_BYTES // RUNS)
+    if run * RUNS >= length:
         return [(0, length)]
     if isinstance(tensor.base, PermutedTensor):
         first = length // 2 // 8 * 8
         return [(first, min(first + 8, length))]
-    starts = np.linspace(0, length - run, 8, dtype=np.int64)
+    starts = np.linspace(0, length - run, RUNS, dtype=np.int64)
     return [(int(lo), int(lo) + run) for lo in starts]

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
     from loracc.adapter import Adapter
+    from loracc.facts import Facts
     from loracc.job import Job
     from loracc.model import BaseModel
     from loracc.passes.bind_adapter import BindResult
@@ -290,17 +291,18 @@ def _lower(
 def _plan(lowered: _Lowered, job: Job) -> FoldResult:
     plan = job.plan(lowered.model, job.output)
     files = [path.name for path in (*plan.small, *(file.path for file in plan.weights))]
-    return replace(_result(lowered, job, None, files, plan.nbytes), dry_run=True)
+    return replace(_result(lowered, job, _facts(lowered), None, files, plan.nbytes), dry_run=True)
 
 
 def _write(lowered: _Lowered, job: Job, inputs: Sequence[Path], *, force: bool, verify: bool) -> FoldResult:
     with job.staging(inputs, force=force) as stage:
         plan = job.plan(lowered.model, stage.path)
         stage.expected_bytes = plan.nbytes
-        plan.write(job.progress)
+        facts = _facts(lowered)
+        plan.write(job.progress, also=facts.jobs())
         verification = _verify_staged(lowered, stage.path, job) if verify else None
         size = stage.size()
-    return _result(lowered, job, verification, stage.files, size)
+    return _result(lowered, job, facts, verification, stage.files, size)
 
 
 def _verify_staged(lowered: _Lowered, path: Path, job: Job) -> Verification:
@@ -321,19 +323,22 @@ def _verify_staged(lowered: _Lowered, path: Path, job: Job) -> Verification:
     return result
 
 
-def _result(
-    lowered: _Lowered, job: Job, verification: Verification | None, files: list[str], nbytes: int
-) -> FoldResult:
-    from loracc.facts import loss_notes, site_facts
+def _facts(lowered: _Lowered) -> Facts:
+    from loracc.facts import Facts
     from loracc.lower import folded_tensors
 
-    folded = folded_tensors(lowered.model.ir)
+    return Facts(folded_tensors(lowered.model.ir))
+
+
+def _result(
+    lowered: _Lowered, job: Job, facts: Facts, verification: Verification | None, files: list[str], nbytes: int
+) -> FoldResult:
     return FoldResult(
         output=str(job.output),
         files=files,
-        sites=[facts.to_json() for facts in site_facts(folded)],
+        sites=[row.to_json() for row in facts.rows()],
         unmatched=list(lowered.bound.unmatched),
         verification=verification,
-        notes=[*lowered.model.notes, *lowered.bound.notes, *loss_notes(folded)],
+        notes=[*lowered.model.notes, *lowered.bound.notes, *facts.notes()],
         bytes=nbytes,
     )

@@ -13,7 +13,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -74,8 +74,11 @@ def write_files(
     progress: Progress | None = None,
     workers: int | None = None,
     tile_bytes: int = TILE_BYTES,
+    also: Sequence[Callable[[], None]] = (),
 ) -> None:
     """Write the files. Progress counts the bytes of the segments.
+
+    ``also`` is what the workers do when they have nothing left to write: it takes the time of no other.
 
     Raises:
         InputError: A source file is too short, or cannot be read.
@@ -83,8 +86,9 @@ def write_files(
         OSError: An output cannot be written (a full disk: :class:`loracc.staging.Staging` explains it).
     """
     progress = progress or NoProgress()
-    jobs = list(_jobs(files))
-    progress.begin("writing", sum(job.nbytes for job in jobs))
+    writing = list(_jobs(files))
+    jobs = [*writing, *map(_Call, also)]
+    progress.begin("writing", sum(job.nbytes for job in writing))
     try:
         for file in files:
             _create(file)
@@ -129,6 +133,16 @@ class _Compute:
     @property
     def name(self) -> str:
         return self.tensor.name or ""
+
+
+@dataclass(frozen=True)
+class _Call:
+    """Something else that the caller wants done."""
+
+    do: Callable[[], None]
+
+
+_Job = _Copy | _Compute | _Call
 
 
 def _jobs(files: Iterable[OutputFile]) -> Iterator[_Copy | _Compute]:
@@ -197,7 +211,7 @@ def _split_rows(path: Path, segment: Segment) -> Iterator[_Compute]:
 class _Pool:
     """Workers that take jobs in order. The calling thread is one of them, so that Ctrl-C reaches it at work."""
 
-    def __init__(self, jobs: Sequence[_Copy | _Compute], progress: Progress, tile_bytes: int) -> None:
+    def __init__(self, jobs: Sequence[_Job], progress: Progress, tile_bytes: int) -> None:
         self._jobs = iter(jobs)
         self._lock = threading.Lock()
         self._stop = threading.Event()
@@ -257,7 +271,10 @@ class _Worker:
             os.close(self._fd)
             self._path = None
 
-    def do(self, job: _Copy | _Compute) -> None:
+    def do(self, job: _Job) -> None:
+        if isinstance(job, _Call):
+            job.do()
+            return
         self._open(job.path)
         if isinstance(job, _Copy):
             self._copy(job)

@@ -12,7 +12,7 @@ branches that were lifted out of the graph.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -102,8 +102,14 @@ class _ArchivePlan(WritePlan):
 
     changed: frozenset[str] = frozenset()
 
-    def write(self, progress: Progress | None = None, *, workers: int | None = None) -> None:
-        super().write(progress, workers=workers)
+    def write(
+        self,
+        progress: Progress | None = None,
+        *,
+        workers: int | None = None,
+        also: Sequence[Callable[[], None]] = (),
+    ) -> None:
+        super().write(progress, workers=workers, also=also)
         update_checksums(self.weights[0].path, self.changed)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -37,8 +37,14 @@ class WritePlan:
     nbytes: int = 0
     folded: int = 0
 
-    def write(self, progress: Progress | None = None, *, workers: int | None = None) -> None:
-        """Write all of it.
+    def write(
+        self,
+        progress: Progress | None = None,
+        *,
+        workers: int | None = None,
+        also: Sequence[Callable[[], None]] = (),
+    ) -> None:
+        """Write all of it; ``also`` as :func:`loracc.streaming.write_files`.
 
         Raises:
             InputError, NumericsError, OSError: As :func:`loracc.streaming.write_files`.
@@ -49,7 +55,7 @@ class WritePlan:
             shutil.copyfile(source, target)
         for target, source in self.links.items():
             os.link(source, target)
-        write_files(self.weights, progress=progress, workers=workers)
+        write_files(self.weights, progress=progress, workers=workers, also=also)
         for path, make in self.small.items():
             path.write_bytes(make())
 

@@ -118,7 +118,7 @@ def read_diffusers(source: AdapterSource, name: str, options: AdapterOptions) ->
         entries=tuple(entries),
         notes=(*chosen.notes, *(notes if silent and not _told(options) else ())),
         config={component: vars(config) for component, config in configs.items()},
-        digest=digest_of(source.tensors, {**options.facts(), METADATA: source.metadata.get(METADATA, "")}),
+        digested=digest_of(source.tensors, {**options.facts(), METADATA: source.metadata.get(METADATA, "")}),
     )
 
 

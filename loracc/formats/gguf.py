@@ -74,7 +74,7 @@ def read_gguf_adapter(source: AdapterSource, name: str, options: AdapterOptions)
         entries=tuple(entries),
         notes=("the file does not say whether the adapter was rsLoRA: llama.cpp takes alpha/r.",),
         config=dict(header),
-        digest=digest_of(source.tensors, {**header, **options.facts()}),
+        digested=digest_of(source.tensors, {**header, **options.facts()}),
         naming=_naming(path, architecture, grouped.modules),
     )
 

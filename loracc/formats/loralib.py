@@ -80,7 +80,7 @@ def read_loralib(source: AdapterSource, name: str, options: AdapterOptions) -> A
         path=str(source.path),
         format="loralib",
         entries=tuple(entries),
-        digest=digest_of(source.tensors, options.facts()),
+        digested=digest_of(source.tensors, options.facts()),
     )
 
 

@@ -88,7 +88,7 @@ def read_mlx(source: AdapterSource, name: str, options: AdapterOptions) -> Adapt
         entries=tuple(entries),
         notes=("--alpha and --scale are not used: adapter_config.json says the scale.",) if unused else (),
         config=dict(config or {}),
-        digest=digest_of(source.tensors, {**options.facts(), "scale": scale, "kind": kind}),
+        digested=digest_of(source.tensors, {**options.facts(), "scale": scale, "kind": kind}),
     )
 
 

@@ -83,7 +83,7 @@ def read_network(source: AdapterSource, name: str, options: AdapterOptions, form
         entries=tuple(entries),
         notes=(*chosen.notes, *_alpha_notes(kept, options)),
         config={key: value for key, value in source.metadata.items() if key.startswith(("ss_", "modelspec."))},
-        digest=digest_of(source.tensors, options.facts()),
+        digested=digest_of(source.tensors, options.facts()),
         naming=None if set(kept) <= set(dotted) else mangle,
     )
 

@@ -71,7 +71,7 @@ def read_onnx_adapter(source: AdapterSource, name: str, options: AdapterOptions)
         path=str(source.path),
         format="onnx_adapter",
         entries=tuple(entries),
-        digest=digest_of(source.tensors, {}),
+        digested=digest_of(source.tensors, {}),
         naming=_genai_name if genai else None,
     )
 

@@ -57,7 +57,7 @@ def read_peft(source: AdapterSource, name: str, options: AdapterOptions) -> Adap
         entries=tuple(entries),
         notes=_notes(config, options, context.attention),
         config=dict(source.config or {}),
-        digest=digest_of(source.tensors, _facts(config, options)),
+        digested=digest_of(source.tensors, _facts(config, options)),
     )
 
 

@@ -70,7 +70,7 @@ def read_tuner(source: AdapterSource, name: str, kind: str) -> Adapter:
         format="peft",
         entries=(*entries, *replaced),
         config=dict(settings),
-        digest=digest_of(source.tensors, _facts(spec, config, settings)),
+        digested=digest_of(source.tensors, _facts(spec, config, settings)),
     )
 
 

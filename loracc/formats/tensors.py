@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -112,16 +113,24 @@ def _finite(array: Array) -> bool:
     return finite
 
 
-def digest_of(tensors: Mapping[str, Array], facts: Mapping[str, Any]) -> str:
-    """sha256 over the tensors (key, dtype, shape, bytes; sorted by key) and what else decides the result."""
-    digest = hashlib.sha256()
-    for key in sorted(tensors):
-        array = tensors[key]
-        digest.update(json.dumps([key, str(array.dtype), list(array.shape)]).encode())
-        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-        give_back(array)
-    digest.update(json.dumps(dict(facts), sort_keys=True, separators=(",", ":"), default=str).encode())
-    return digest.hexdigest()
+def digest_of(tensors: Mapping[str, Array], facts: Mapping[str, Any]) -> Callable[[], str]:
+    """sha256 over the tensors (key, dtype, shape, bytes; sorted by key) and what else decides the result.
+
+    It is computed when it is first asked for: a merged checkpoint, for one, records none.
+    """
+
+    @cache
+    def digested() -> str:
+        digest = hashlib.sha256()
+        for key in sorted(tensors):
+            array = tensors[key]
+            digest.update(json.dumps([key, str(array.dtype), list(array.shape)]).encode())
+            digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+            give_back(array)
+        digest.update(json.dumps(dict(facts), sort_keys=True, separators=(",", ":"), default=str).encode())
+        return digest.hexdigest()
+
+    return digested
 
 
 def some(names: Iterable[str], limit: int = 20) -> str:

@@ -66,7 +66,7 @@ def read_torchtune(source: AdapterSource, name: str, options: AdapterOptions) ->
         format="torchtune",
         entries=tuple(entries),
         notes=(_NOTE,),
-        digest=digest_of(source.tensors, options.facts()),
+        digested=digest_of(source.tensors, options.facts()),
     )
 
 

@@ -46,7 +46,7 @@ def read_packed_peft(source: AdapterSource, name: str, options: AdapterOptions) 
     if options.moe_layout != "unsloth":
         return adapter
     entries = tuple(_repacked(entry) for entry in adapter.entries)
-    return replace(adapter, entries=entries, digest=f"{adapter.digest}-unsloth")
+    return replace(adapter, entries=entries, digested=lambda: f"{adapter.digest}-unsloth")
 
 
 def _by_unsloth(config: Mapping[str, Any]) -> bool:
