@@ -59,10 +59,14 @@ class UnsharePass(ir.passes.InPlacePass):
     def __init__(self, sites: Iterable[Site] = ()) -> None:
         super().__init__()
         self.sites = list(sites)
+        self._table: dict[str, list[Site]] = {}
         self.clones: list[Clone] = []
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         before = len(self.clones)
+        self._table.clear()
+        for site in self.sites:
+            self._table.setdefault(site.initializer, []).append(site)
         for value in list(model.graph.initializers.values()):
             bindings = bindings_of(value)
             if bindings:
@@ -92,7 +96,7 @@ class UnsharePass(ir.passes.InPlacePass):
         A bound site's settled layout stands for the table's.
         """
         bound = {(b.site.name, b.site.consumer): b.site for b in bindings}
-        table = [site for site in self.sites if site.initializer == value.name]
+        table = self._table.get(str(value.name), [])
         sites = [bound.pop((site.name, site.consumer), site) for site in table] + list(bound.values())
         readers: dict[str, list[Site]] = {}
         for site in sites:

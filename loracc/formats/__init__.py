@@ -6,6 +6,7 @@ A format is told by what is in the file, never by its name. To add one: a module
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,19 +18,9 @@ from loracc.errors import InputError, LoraccError
 from loracc.formats.adapter_options import AdapterOptions
 from loracc.formats.adapter_source import CONFIG, WEIGHTS, AdapterSource, open_source
 from loracc.formats.adapter_spec import AdapterSpec, parse_adapter_spec
-from loracc.formats.diffusers import is_diffusers, read_diffusers
-from loracc.formats.gguf import is_gguf, read_gguf_adapter
 from loracc.formats.gguf_file import has_gguf_magic
-from loracc.formats.kohya import is_kohya, read_kohya
-from loracc.formats.loralib import is_loralib, read_loralib
-from loracc.formats.lycoris import is_lycoris, read_lycoris
-from loracc.formats.mlx import is_mlx, read_mlx
-from loracc.formats.onnx_adapter import is_onnx_adapter, read_onnx_adapter
 from loracc.formats.onnx_adapter_file import has_adapter_magic
-from loracc.formats.peft import is_peft, read_peft
 from loracc.formats.tensors import some
-from loracc.formats.torchtune import is_torchtune, read_torchtune
-from loracc.formats.unsloth import is_packed_peft, read_packed_peft
 
 __all__ = [
     "FORMATS",
@@ -44,25 +35,50 @@ __all__ = [
 
 @dataclass(frozen=True)
 class AdapterFormat:
-    """One line of the registry."""
+    """One line of the registry.
+
+    Attributes:
+        name: What the adapter says it is.
+        module: Where ``matches`` and ``read`` are, in this package; loaded when the format is asked for.
+        matches: Name of the function that looks at a source.
+        read: Name of the function that reads it.
+        configured: Whether such a file may have an ``adapter_config.json`` beside it.
+    """
 
     name: str
-    matches: Callable[[AdapterSource], bool]
-    read: Callable[[AdapterSource, str, AdapterOptions], Adapter]
+    module: str
+    matches: str
+    read: str
+    configured: bool = True
+
+    def has(self, source: AdapterSource) -> bool:
+        """Whether the source is of this format."""
+        if source.config is not None and not self.configured:
+            return False
+        return bool(self._function(self.matches)(source))
+
+    def adapter(self, source: AdapterSource, name: str, options: AdapterOptions) -> Adapter:
+        """The source, read."""
+        adapter: Adapter = self._function(self.read)(source, name, options)
+        return adapter
+
+    def _function(self, name: str) -> Callable[..., Any]:
+        function: Callable[..., Any] = getattr(importlib.import_module(f"{__name__}.{self.module}"), name)
+        return function
 
 
 #: Tried in this order; the first whose content matches reads the file.
 FORMATS: tuple[AdapterFormat, ...] = (
-    AdapterFormat("onnx_adapter", is_onnx_adapter, read_onnx_adapter),
-    AdapterFormat("gguf", is_gguf, read_gguf_adapter),
-    AdapterFormat("mlx", is_mlx, read_mlx),
-    AdapterFormat("kohya", is_kohya, read_kohya),
-    AdapterFormat("lycoris", is_lycoris, read_lycoris),
-    AdapterFormat("diffusers", is_diffusers, read_diffusers),
-    AdapterFormat("torchtune", is_torchtune, read_torchtune),
-    AdapterFormat("peft", is_packed_peft, read_packed_peft),
-    AdapterFormat("peft", is_peft, read_peft),
-    AdapterFormat("loralib", is_loralib, read_loralib),
+    AdapterFormat("onnx_adapter", "onnx_adapter", "is_onnx_adapter", "read_onnx_adapter"),
+    AdapterFormat("gguf", "gguf", "is_gguf", "read_gguf_adapter"),
+    AdapterFormat("mlx", "mlx", "is_mlx", "read_mlx"),
+    AdapterFormat("kohya", "kohya", "is_kohya", "read_kohya", configured=False),
+    AdapterFormat("lycoris", "lycoris", "is_lycoris", "read_lycoris", configured=False),
+    AdapterFormat("diffusers", "diffusers", "is_diffusers", "read_diffusers", configured=False),
+    AdapterFormat("torchtune", "torchtune", "is_torchtune", "read_torchtune", configured=False),
+    AdapterFormat("peft", "unsloth", "is_packed_peft", "read_packed_peft"),
+    AdapterFormat("peft", "peft", "is_peft", "read_peft"),
+    AdapterFormat("loralib", "loralib", "is_loralib", "read_loralib"),
 )
 
 
@@ -93,8 +109,8 @@ def load_adapter(
     told = AdapterOptions(alpha=alpha, scale=scale, allow_pickle=allow_pickle, **options)
     source = open_source(Path(path), allow_pickle=allow_pickle)
     for candidate in FORMATS:
-        if candidate.matches(source):
-            return candidate.read(source, name or _default_name(source), told)
+        if candidate.has(source):
+            return candidate.adapter(source, name or _default_name(source), told)
     known = ", ".join(dict.fromkeys(one.name for one in FORMATS))
     raise InputError(
         f"{source.file}: not an adapter of a known format ({known}); it holds {len(source.tensors)} tensors: "

@@ -19,7 +19,6 @@ from loracc.formats.peft_experts import expert_entries, targeted_parameters
 from loracc.formats.peft_keys import BASE_LAYER, LORA_RULES, PREFIXES, plain_path
 from loracc.formats.peft_kinds import KINDS, Context, Roles
 from loracc.formats.peft_replacements import COUNTER, replacement_entries, token_entry
-from loracc.formats.peft_tuners import read_tuner
 from loracc.formats.tensors import check_tensors, digest_of
 
 __all__ = ["is_peft", "read_peft"]
@@ -42,6 +41,8 @@ def read_peft(source: AdapterSource, name: str, options: AdapterOptions) -> Adap
     """
     path = source.file
     if source.config is not None and (kind := check_peft_type(path, source.config)) != "LORA":
+        from loracc.formats.peft_tuners import read_tuner  # fifty kinds more, which most adapters are not
+
         return read_tuner(source, name, kind)
     tensors = {key: array for key, array in source.tensors.items() if not key.endswith(f".{COUNTER}")}
     check_tensors(path, tensors)
