@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from loracc.adapter import Adapter, Delta, PendingDelta
+from loracc.encodings.decoded import DecodedTensor
 from loracc.model import BaseModel, LoadOptions
+from loracc.passes.decode_weights import undecoded
+from loracc.passes.encode_weights import encoded
 from loracc.provenance import read_provenance
 from loracc.tensors import dims
 
@@ -64,16 +67,22 @@ def _kind(delta: Delta) -> str:
 
 def describe_model(model: BaseModel) -> dict[str, Any]:
     """A model's format, inputs, outputs, ops, size and sites; of a file made by loracc also what it was made from."""
-    graph = model.ir.graph
+    decoded = [value.const_value for value in model.ir.graph.initializers.values() if value.const_value is not None]
+    graph = encoded(model.ir).graph  # quantized weights as the file has them
     weights = [value.const_value for value in graph.initializers.values() if value.const_value is not None]
     found: dict[str, Any] = {
         "kind": "model",
         "format": model.format,
         "path": str(model.path),
-        "parameters": sum(math.prod(dims(weight)) for weight in weights),
+        "parameters": sum(math.prod(dims(weight)) for weight in decoded),
         "bytes": sum(int(weight.nbytes) for weight in weights),
         "dtypes": dict(Counter(weight.dtype.name for weight in weights)),
     }
+    encodings = Counter(t.weight.describe() for t in decoded if isinstance(t, DecodedTensor))
+    if encodings:
+        found["quantized"] = dict(encodings.most_common())
+    if refused := undecoded(model.ir):
+        found["cannot be folded into"] = [f"{name}: {why}" for name, why in refused.items()]
     if model.traced:
         found |= {
             "opset": model.ir.opset_imports.get("", None),
@@ -93,6 +102,7 @@ def describe_model(model: BaseModel) -> dict[str, Any]:
             "shape": list(site.layout.canonical_shape(_stored_shape(model, site.initializer))),
             "initializer": site.initializer,
             "known by": site.source,
+            **({"encoding": _encoding(model, site.initializer)} if encodings else {}),
         }
         for site in model.sites
     ]
@@ -118,6 +128,12 @@ def _lora_inside(model: BaseModel) -> dict[str, Any]:
         ],
         "lookalikes": [{"where": rejected.where, "reason": rejected.reason} for rejected in raised.rejected],
     }
+
+
+def _encoding(model: BaseModel, initializer: str) -> str:
+    """How a quantized weight is stored; "" of any other."""
+    tensor = model.ir.graph.initializers[initializer].const_value
+    return tensor.weight.describe() if isinstance(tensor, DecodedTensor) else ""
 
 
 def _stored_shape(model: BaseModel, initializer: str) -> tuple[int, ...]:

@@ -13,6 +13,7 @@ from safetensors.numpy import load_file
 
 from loracc import fold, verify
 from loracc.errors import CheckFailed, LoraccError, UnsupportedError
+from loracc.inspection import inspect
 from loracc.passes.encode_weights import encoded
 from loracc.sources.onnx_model import read_graph
 from loracc.targets.onnx_file import write_onnx
@@ -194,3 +195,15 @@ def test_a_bias_in_integers_follows_its_weight(tmp_path: Path, scheme: str) -> N
 def bias_of(path: Path) -> np.ndarray:
     found = tensors(path)
     return found["out.bias_quantized"].astype(np.float64) * found["out.bias_quantized_scale"].astype(np.float64)
+
+
+def test_inspect_shows_the_file_as_it_is(tmp_path: Path) -> None:
+    found = inspect(quantized(tmp_path, "4 bit, zero points"))
+    assert found["ops"] == {"MatMulNBits": 2, "Gather": 1, "Relu": 1}
+    assert found["quantized"] == {"MatMulNBits 4 bit, blocks of 16 along axis 1, zero points": 2}
+    assert [(site["name"], site["shape"]) for site in found["sites"]][1:] == [
+        ("fc.weight", [96, 72]),
+        ("out.weight", [50, 96]),
+    ]
+    (refused,) = inspect(dynamically_quantized(tmp_path))["cannot be folded into"][:1]
+    assert "MatMulInteger" in refused

@@ -56,6 +56,22 @@ class EncodedWeight:
         signed = not self.packed and self.codes.dtype.is_signed()
         return (-(1 << self.bits - 1), (1 << self.bits - 1) - 1) if signed else (0, (1 << self.bits) - 1)
 
+    def describe(self) -> str:
+        """The encoding in a few words.
+
+        >>> shape = ir.tensor(np.zeros((4, 8), np.int8))
+        >>> EncodedWeight("w", "DequantizeLinear", shape, shape, None, Blocks((4, 8), 1), 8).describe()
+        'DequantizeLinear INT8, a scale for each index of axis 1'
+        """
+        blocks, kind = self.blocks, f"{self.bits} bit" if self.packed else self.codes.dtype.name
+        if blocks.axis is None:
+            sharing = "one scale"
+        elif blocks.block:
+            sharing = f"blocks of {blocks.block} along axis {blocks.axis}"
+        else:
+            sharing = f"a scale for each index of axis {blocks.axis}"
+        return f"{self.op_type} {kind}, {sharing}{', zero points' if self.zeros is not None else ''}"
+
     def same_scheme(self, other: EncodedWeight) -> str:
         """What the other encoding has different, "" when nothing: tensors' types and shapes, blocks, bits."""
         for what, mine, theirs in (
