@@ -16,19 +16,21 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import onnx_ir as ir
 
+from loracc.blas import one_blas_thread
 from loracc.dtypes import Array, round_to
 from loracc.encodings.decoded import DecodedTensor
 from loracc.encodings.encoded_weight import EncodedWeight
-from loracc.encodings.grid import Grid
+from loracc.encodings.grid import Grid, Rule
 from loracc.errors import NumericsError, UnsupportedError
 from loracc.folded import Binding, FoldedTensor
 from loracc.rows import ArrayRows, Rows
 from loracc.sites import Layout
-from loracc.tensors import TiledTensor, dims, open_rows
+from loracc.tensors import TiledTensor, dims
 
 __all__ = ["CodesTensor", "RequantizedTensor", "Totals", "followed", "turned_layout"]
 
@@ -100,7 +102,8 @@ class RequantizedTensor(FoldedTensor):
         """The decision on every block's grid; made when first asked for."""
         with self._deciding:
             if self._decision is None:
-                self._decision = self._settle()
+                with one_blas_thread():
+                    self._decision = self._settle()
             return self._decision
 
     @property
@@ -147,51 +150,40 @@ class RequantizedTensor(FoldedTensor):
                 yield lo, hi, exact
 
     def _pairs(self, spans: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int, Array, Array]]:
-        """(W, W + ΔW) in float64."""
-        with open_rows(self._fold.base) as rows:
-            for lo, hi, exact in self._exact(spans):
-                original = np.empty(exact.shape)
-                rows.fill(lo, hi, original)
-                yield lo, hi, original, exact
+        """(W, W + ΔW) in float64; the same at every run, if not to the last bit what :meth:`_exact` gives."""
+        for (lo, hi), (original, exact, _) in zip(spans, self._fold.probe(spans), strict=True):
+            yield lo, hi, original, exact
 
     # ------------------------------------------------------------------------------------------------ choice of grids
 
     def _settle(self) -> _Settled:
         old, spans = self.weight.grid(), self.weight.spans()
-        touched = np.zeros(old.scales.shape, bool)
-        least, most = np.full(old.scales.shape, np.inf), np.full(old.scales.shape, -np.inf)
-        for lo, hi, original, exact in self._pairs(spans):
-            rows, blocks = self.weight.blocks.rows(lo, hi), self.weight.blocks
-            touched[rows] |= blocks.reduce(np.logical_or, exact != original)
-            least[rows] = np.minimum(least[rows], blocks.reduce(np.minimum, exact))
-            most[rows] = np.maximum(most[rows], blocks.reduce(np.maximum, exact))
+        choice = _Choice(self.weight, old)
+        # Rows that share no scale are looked at once, any others twice: W + ΔW is not held.
+        for band in [[span] for span in spans] if self.weight.blocks.by_rows else [spans]:
+            held = list(self._pairs(band)) if len(band) == 1 else None
+            for pair in held or self._pairs(band):
+                choice.look(*pair)
+            new = self._new_grid(choice, old.part(band[0][0], band[-1][1]), band)
+            for pair in held or self._pairs(band):
+                choice.weigh(new, *pair)
+        return choice.settled()
+
+    def _new_grid(self, choice: _Choice, old: Grid, band: Sequence[tuple[int, int]]) -> Grid:
+        """The other grid that rows may get; their old one where there is none."""
+        rows = self.weight.blocks.rows(band[0][0], band[-1][1])
         if self.leader is not None:
             new = followed(old, self.leader.weight.grid(), self.leader.settled.grid, self.weight.scales.dtype)
-            touched |= new.scales != old.scales
-            return self._choose(new, new, touched, spans)
-        new = old if self.weight.pinned else self.weight.rule().fit(least, most, old)
-        return self._choose(old, new, touched, spans)
+            choice.forced = True
+            choice.touched |= new.scales != old.scales
+            return new
+        if self.weight.pinned or not choice.touched[rows].any():
+            return old
+        return self._rule.fit(choice.least[rows], choice.most[rows], old)
 
-    def _choose(self, old: Grid, new: Grid, touched: Array, spans: Sequence[tuple[int, int]]) -> _Settled:
-        """Rule 2, and the totals of what it leads to."""
-        sums = [_Sums(old.scales.shape) for _ in (old, new)]
-        totals = Totals()
-        blocks = self.weight.blocks
-        for lo, hi, original, exact in self._pairs(spans):
-            rows, change = blocks.rows(lo, hi), exact - original
-            totals.weight += float(np.vdot(original, original))
-            totals.change += float(np.vdot(change, change))
-            for grid, sum_ in zip((old, new), sums, strict=True):
-                part = grid.part(lo, hi)
-                codes = part.nearest(exact)
-                value = np.where(np.isnan(codes), original, part.decode(codes))
-                sum_.lost[rows] += blocks.reduce(np.add, np.square(value - exact))
-                sum_.along[rows] += blocks.reduce(np.add, (value - original) * change)
-        better = touched & (sums[1].lost < sums[0].lost)
-        scales, zeros = (np.where(better, *pair) for pair in ((new.scales, old.scales), (new.zeros, old.zeros)))
-        totals.lost = float(np.where(better, sums[1].lost, sums[0].lost)[touched].sum())
-        totals.along = float(np.where(better, sums[1].along, sums[0].along)[touched].sum())
-        return _Settled(replace(old, scales=scales, zeros=zeros), touched, totals)
+    @cached_property
+    def _rule(self) -> Rule:
+        return self.weight.rule()
 
     def check_base(self) -> None:
         """Look at the scales and zero points that there are.
@@ -208,11 +200,51 @@ class RequantizedTensor(FoldedTensor):
             )
 
 
-class _Sums:
-    """Per block: squared distance to W + ΔW, and ⟨W' − W, ΔW⟩."""
+class _Choice:
+    """Rules 1 and 2: the grids of a weight's blocks, from looks at all of W and W + ΔW."""
 
-    def __init__(self, shape: tuple[int, ...]) -> None:
-        self.lost, self.along = np.zeros(shape), np.zeros(shape)
+    def __init__(self, weight: EncodedWeight, old: Grid) -> None:
+        shape = old.scales.shape
+        self.blocks, self.old, self.totals = weight.blocks, old, Totals()
+        self.touched = np.zeros(shape, bool)
+        self.least, self.most = np.full(shape, np.inf), np.full(shape, -np.inf)
+        self.scales, self.zeros = old.scales.copy(), old.zeros.copy()
+        #: Per block, for the old grid and the new one: squared distance to W + ΔW, and ⟨W' − W, ΔW⟩.
+        self.lost, self.along = np.zeros((2, *shape)), np.zeros((2, *shape))
+        self.forced = False
+
+    def look(self, lo: int, hi: int, original: Array, exact: Array) -> None:
+        """First look: what changes, and the extremes."""
+        rows, blocks = self.blocks.rows(lo, hi), self.blocks
+        self.touched[rows] |= blocks.reduce(np.logical_or, exact != original)
+        self.least[rows] = np.minimum(self.least[rows], blocks.reduce(np.minimum, exact))
+        self.most[rows] = np.maximum(self.most[rows], blocks.reduce(np.maximum, exact))
+
+    def weigh(self, new: Grid, lo: int, hi: int, original: Array, exact: Array) -> None:
+        """Second look: what each grid loses. ``new`` is that of the rows, or of a weight whose rows share scales."""
+        rows, change = self.blocks.rows(lo, hi), exact - original
+        self.totals.weight += float(np.vdot(original, original))
+        self.totals.change += float(np.vdot(change, change))
+        for index, grid in enumerate((self.old.part(lo, hi), new)):
+            codes = grid.nearest(exact)
+            off = grid.decode(codes)
+            np.copyto(off, original, where=np.isnan(codes))
+            off -= exact
+            lost = self.blocks.reduce(np.add, np.square(off))
+            self.lost[index][rows] += lost
+            # ⟨W' − W, ΔW⟩ = ⟨W' − (W + ΔW), ΔW⟩ + ‖ΔW‖²
+            off *= change
+            off += np.square(change)
+            self.along[index][rows] += self.blocks.reduce(np.add, off)
+        self.scales[rows], self.zeros[rows] = new.scales, new.zeros
+
+    def settled(self) -> _Settled:
+        """The better of the two grids for each block that changes."""
+        better = self.touched & ((self.lost[1] < self.lost[0]) | self.forced)
+        scales, zeros = np.where(better, self.scales, self.old.scales), np.where(better, self.zeros, self.old.zeros)
+        lost, along = np.where(better, self.lost[1], self.lost[0]), np.where(better, self.along[1], self.along[0])
+        self.totals.lost, self.totals.along = float(lost[self.touched].sum()), float(along[self.touched].sum())
+        return _Settled(replace(self.old, scales=scales, zeros=zeros), self.touched, self.totals)
 
 
 class CodesTensor(TiledTensor):

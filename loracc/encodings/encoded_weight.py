@@ -14,7 +14,8 @@ from loracc.tensors import dims, read_rows, tile_rows
 
 __all__ = ["EncodedWeight"]
 
-_TILE_BYTES = 4 << 20
+#: Of some rows in float64: what is computed with them stays in a core's cache.
+_TILE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, eq=False)

@@ -63,7 +63,9 @@ class Blocks:
             return values
         assert self.axis is not None
         length = count if self.axis == 0 else self.shape[self.axis]
-        repeated = np.repeat(values, self.block, axis=self.axis)
+        shape = (*values.shape[: self.axis + 1], self.block, *values.shape[self.axis + 1 :])
+        wide = np.broadcast_to(np.expand_dims(values, self.axis + 1), shape)
+        repeated = wide.reshape(*values.shape[: self.axis], -1, *values.shape[self.axis + 1 :])
         return repeated[(slice(None),) * self.axis + (slice(0, length),)]
 
     def reduce(self, function: np.ufunc, values: Array) -> Array:
@@ -96,28 +98,32 @@ class Grid:
 
     def part(self, lo: int, hi: int) -> Grid:
         """The grid of rows ``lo`` to ``hi``."""
-        rows = self.blocks.rows(lo, hi) if self.scales.ndim else ...
+        rows = self.blocks.rows(lo, hi)
         return Grid(self.blocks, self.scales[rows], self.zeros[rows], self.low, self.high)
 
     def decode(self, codes: Array) -> Array:
         """Codes of these rows to float64 values."""
-        count = len(codes) if codes.ndim else 1
-        scales, zeros = (self.blocks.expand(values, count) for values in (self.scales, self.zeros))
-        values: Array = (codes.astype(np.float64) - zeros) * scales
+        scales, zeros = (self.blocks.expand(values, len(codes)) for values in (self.scales, self.zeros))
+        values: Array = codes - zeros
+        values *= scales
         return values
 
     def position(self, values: Array) -> Array:
         """Where values lie on the scale of codes: not rounded, not clipped; NaN where the scale is zero."""
-        count = len(values) if values.ndim else 1
-        scales, zeros = (self.blocks.expand(array, count) for array in (self.scales, self.zeros))
-        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-            found: Array = values / scales + zeros
-        return np.where(np.isfinite(scales) & (scales != 0), found, np.nan)
+        with np.errstate(divide="ignore"):
+            inverse = 1.0 / self.scales
+        inverse[~np.isfinite(inverse) | (inverse == 0)] = np.nan
+        inverse, zeros = (self.blocks.expand(array, len(values)) for array in (inverse, self.zeros))
+        with np.errstate(invalid="ignore", over="ignore"):
+            found: Array = values * inverse
+            found += zeros
+        return found
 
     def nearest(self, values: Array) -> Array:
         """The codes (float64, whole) whose meaning is nearest; a tie goes to the even code, NaN where none is."""
-        clipped: Array = np.clip(np.rint(self.position(values)), self.low, self.high)
-        return clipped
+        codes = self.position(values)
+        np.rint(codes, out=codes)
+        return np.clip(codes, self.low, self.high, out=codes)
 
 
 @dataclass(frozen=True)

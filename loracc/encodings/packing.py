@@ -17,9 +17,11 @@ def unpack(packed: Array, bits: int) -> Array:
     """
     if bits == 8:
         return packed
-    shifts = np.arange(0, 8, bits, dtype=np.uint8)
-    codes = (packed[..., None] >> shifts) & np.uint8((1 << bits) - 1)
-    return codes.reshape(*packed.shape[:-1], packed.shape[-1] * len(shifts))
+    count, mask = 8 // bits, np.uint8((1 << bits) - 1)
+    codes = np.empty((*packed.shape, count), np.uint8)
+    for index in range(count):
+        np.bitwise_and(packed >> np.uint8(index * bits), mask, out=codes[..., index])
+    return codes.reshape(*packed.shape[:-1], packed.shape[-1] * count)
 
 
 def pack(codes: Array, bits: int) -> Array:
