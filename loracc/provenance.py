@@ -25,6 +25,7 @@ from loracc.adapter import Adapter
 from loracc.errors import InputError
 from loracc.folded import Binding
 from loracc.model import BaseModel, LoadOptions
+from loracc.passes.encode_weights import encoded
 from loracc.targets.checkpoint import RECORD_FILE, RECORD_KEY
 from loracc.targets.onnx_file import stamp
 from loracc.tensors import dims, read_rows, tile_rows
@@ -193,7 +194,7 @@ def weights_digest(model: ir.Model) -> str:
 
 
 def _tensors(model: ir.Model) -> dict[str, ir.TensorProtocol]:
-    values = model.graph.initializers.items()
+    values = encoded(model).graph.initializers.items()  # quantized weights as files have them
     return {str(name): value.const_value for name, value in values if value.const_value is not None}
 
 

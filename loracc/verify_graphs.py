@@ -32,6 +32,7 @@ __all__ = [
     "FLOATS",
     "Prepared",
     "as_written",
+    "beside_encoded",
     "in_own_type",
     "in_reference",
     "rounded_at_random",
@@ -144,6 +145,12 @@ def in_own_type(base: ir.Model, bindings: Sequence[Binding], dtype: ir.DataType 
         if _uses(graph, half):
             return _emulated(graph, half)
     return Prepared(graph)
+
+
+def beside_encoded(base: ir.Model, bindings: Sequence[Binding]) -> Prepared:
+    """The base with ``bindings`` as branches beside its quantized weights, which stay what they are."""
+    graph, _ = _unfused(base, bindings)
+    return as_written(encoded(graph), graph)
 
 
 def rounded_at_random(base: BaseModel, bindings: Sequence[Binding], seed: int) -> Prepared:

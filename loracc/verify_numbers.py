@@ -27,10 +27,12 @@ from loracc.model import BaseModel
 from loracc.runners import RunError
 from loracc.sample_inputs import draw_inputs
 from loracc.verdict import EndToEnd, OutputError, SiteError
+from loracc.verify_encoded import same_parts
 from loracc.verify_graphs import (
     FLOATS,
     Prepared,
     as_written,
+    beside_encoded,
     in_own_type,
     in_reference,
     rounded_at_random,
@@ -171,13 +173,23 @@ def _compare(case: _Case, inputs: list[dict[str, Array]]) -> EndToEnd:
 
 
 def _cost(case: _Case, source: ir.Model, branches: Sequence[Binding]) -> Prepared:
-    """The unfused model as the output's own type has it. Where the weights are quantized: the deltas in them, rounded
-    on the same grids, at random and not to nearest: what such a grid costs anyway."""
+    """The unfused model as the output's own type has it.
+
+    Where quantized weights changed: the deltas in them, rounded on the same grids, at random and not to nearest: what
+    such a grid costs anyway. Where they did not, the deltas beside them.
+    """
+    ours, theirs = case.base.ir.graph.initializers, case.out.ir.graph.initializers
     bound = {binding.site.initializer for binding in case.bindings}
-    tensors = [case.base.ir.graph.initializers[name].const_value for name in bound]
-    if any(isinstance(tensor, DecodedTensor) for tensor in tensors):
+    tensors = [(ours[pair.base].const_value, theirs[pair.out].const_value) for pair in case.match.pairs
+               if pair.base in bound]  # fmt: skip
+    changes = [
+        not same_parts(before, after)
+        for before, after in tensors
+        if isinstance(before, DecodedTensor) and isinstance(after, DecodedTensor)
+    ]
+    if any(changes):
         return rounded_at_random(case.base, case.bindings, case.options.seed)
-    return in_own_type(source, branches, case.options.dtype)
+    return beside_encoded(source, branches) if changes else in_own_type(source, branches, case.options.dtype)
 
 
 def _run(prepared: Prepared, inputs: list[dict[str, Array]], options: VerifyOptions) -> list[dict[str, Array]]:

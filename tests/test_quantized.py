@@ -11,7 +11,7 @@ import pytest
 from onnx import numpy_helper
 from safetensors.numpy import load_file
 
-from loracc import fold, verify
+from loracc import attach, fold, unfold, verify
 from loracc.errors import CheckFailed, LoraccError, UnsupportedError
 from loracc.inspection import inspect
 from loracc.passes.encode_weights import encoded
@@ -207,3 +207,20 @@ def test_inspect_shows_the_file_as_it_is(tmp_path: Path) -> None:
     ]
     (refused,) = inspect(dynamically_quantized(tmp_path))["cannot be folded into"][:1]
     assert "MatMulInteger" in refused
+
+
+def test_attach_keeps_the_codes(tmp_path: Path) -> None:
+    """Switchable deltas stand beside quantized weights and are not rounded to their grids."""
+    path, out = quantized(tmp_path, "4 bit, zero points"), tmp_path / "switchable.onnx"
+    result = attach(path, [f"one={adapter(tmp_path / 'adapter')}"], out)
+    assert result.verification is not None and result.verification.verdict == "pass"
+    before, after = tensors(path), tensors(out)
+    assert all(np.array_equal(before[name], after[name]) for name in before)
+    assert [node.op_type for node in onnx.load(out).graph.node].count("MatMulNBits") == 2
+
+
+def test_unfold_gives_the_codes_back(tmp_path: Path) -> None:
+    path, out = quantized(tmp_path, "4 bit"), tmp_path / "out.onnx"
+    fold(path, [adapter(tmp_path / "adapter")], out)
+    unfold(out, path, tmp_path / "back.onnx")
+    assert changed(path, tmp_path / "back.onnx") == set()
