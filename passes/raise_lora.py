@@ -147,11 +147,14 @@ class _Work:
         plan = plan.held()
         graph, base = group.root.graph, group.base
         assert isinstance(graph, ir.Graph)
-        deltas = weight_deltas(plan.lost.products, plan.kept, base)
+        earlier = [f for f in self.found if f.initializer is base.initializer and f.node is base.node]
+        deltas = weight_deltas(plan.lost.products, plan.kept, base, [f.delta for f in earlier])
         everything = adapter_name(name for product in plan.lost.products for name in _names_of(product))
         apply_plan(graph, group, plan)
         result = _without_cast(graph, plan.result)
         for delta, term in deltas:
+            if term is None:  # it multiplies what was found before, and stands for it
+                self.found = [f for f in self.found if not any(f is one for one in earlier)]
             adapter = adapter_name(_names_of(term)) if term is not None else everything
             self.found.append(Found(base.initializer, base.layout, base.kind, delta, adapter, base.node))
         if plan.lost.bias is not None:

@@ -6,6 +6,8 @@ So ``W' = (g·W + Σ sᵢ·uᵢ·Mᵢ) / c``:
 1. g = c: plain sums, one delta per term; a chain of factors is low-rank.
 2. g/c is a vector: DoRA, ``W' = (m/‖V‖)·V`` with ``V = W + Σ (c·sᵢ·uᵢ/g)·Mᵢ`` and ``m = (g/c)·‖V‖`` (Liu et al.
    2024). Where g has zeros or V a zero row there is no such m, and the change is written out.
+3. Deltas of one weight add up, each on the stored weight. A factor g/c that comes after other deltas (a second DoRA
+   adapter) multiplies those too: the whole change is written out, and stands for them.
 """
 
 from __future__ import annotations
@@ -33,20 +35,23 @@ _ROUNDING = 1e-12
 _SAME = 1e-9
 
 
-def weight_deltas(lost: Sequence[Product], kept: Array, base: Base) -> list[tuple[Delta, Product | None]]:
-    """The deltas on a base weight, each with the term that it is (None: all of them).
+def weight_deltas(
+    lost: Sequence[Product], kept: Array, base: Base, earlier: Sequence[Delta] = ()
+) -> list[tuple[Delta, Product | None]]:
+    """The deltas on a base weight, each with the term that it is (None: all of them, ``earlier`` included).
 
     Args:
         lost: The terms that were taken out of the sum, the base's own among them where its coefficient changed.
         kept: The coefficient c with which the base's product stays in the graph, without zeros: a number or a vector.
         base: The weight.
+        earlier: Deltas that were found at this weight and node before, in sums inside of this one.
     """
     ratio = np.asarray(sum((p.coefficient for p in lost if p.key == base.key), kept)) / kept
     products = [p for p in _merged(lost) if p.key != base.key]
     products = [p.stretched(1.0 / kept) if kept.ndim else p.scaled(1.0 / float(kept)) for p in products]
     if np.all(np.abs(ratio - 1.0) <= _ROUNDING):
         return [(_additive(product, base), product) for product in products]
-    return [(_rescaled(products, ratio, base), None)]
+    return [(_rescaled(products, ratio, base, earlier), None)]
 
 
 def _merged(products: Sequence[Product]) -> list[Product]:
@@ -84,18 +89,19 @@ def _low_rank(product: Product, base: Base) -> LowRank:
     return LowRank(narrowed(a), narrowed(right.T), product.scale)
 
 
-def _rescaled(products: list[Product], ratio: Array, base: Base) -> Delta:
-    """Rule 2."""
+def _rescaled(products: list[Product], ratio: Array, base: Base, earlier: Sequence[Delta]) -> Delta:
+    """Rules 2 and 3."""
     weight = _canonical(base.factor.read(), base)
     axis = 1 if base.kind == "embedding" else 0
     ratio = np.broadcast_to(ratio, (weight.shape[axis],))
-    if np.isfinite(ratio).all() and ratio.all() and all(len(p.factors) > 1 for p in products):
+    if not earlier and np.isfinite(ratio).all() and ratio.all() and all(len(p.factors) > 1 for p in products):
         inner = stacked([_low_rank(_divided(p, ratio), base) for p in products])
         squared = dora_norm_terms(inner.apply(weight), axis)
         if squared.all():
             return DoRA(inner, ratio * np.sqrt(squared), axis)
     factor = ratio.reshape([-1 if i == axis else 1 for i in range(weight.ndim)])
-    change = weight * (factor - 1.0)
+    current = sum((delta.apply(weight.copy()) - weight for delta in earlier), weight)
+    change = current * factor - weight if earlier else weight * (factor - 1.0)
     for product in products:
         change = change + _canonical(product.dense(), base)
     return RaisedAddition(narrowed(change))

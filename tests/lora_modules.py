@@ -238,6 +238,109 @@ _loralib_merged = _loralib_layer(
     "MergedLinear", positional=(12, 24), plain_class="Linear", lora={"enable_lora": [True, False, True]}
 )
 
+
+def _two_dora() -> Any:
+    import peft
+
+    options: dict[str, Any] = {"target_modules": ["0", "2"], "use_dora": True}
+    model: Any = peft.get_peft_model(_mlp(), peft.LoraConfig(r=2, lora_alpha=6, **options))
+    model.add_adapter("second", peft.LoraConfig(r=3, lora_alpha=4, **options))
+    model.base_model.set_adapter(["default", "second"])
+    return _randomized(model)
+
+
+def _merged_in_out(adapted: bool) -> Callable[[], Any]:
+    """loralib's MergedLinear on a weight stored [in, out], as GPT-2's is."""
+
+    def make() -> Any:
+        import loralib
+        from torch import nn
+
+        _seeded()
+        options = {"enable_lora": [True, False, True], "fan_in_fan_out": True, "merge_weights": False}
+        plain = loralib.MergedLinear(12, 24, r=0, **options)
+        if not adapted:
+            return nn.Sequential(plain, nn.ReLU()).eval()
+        layer = loralib.MergedLinear(12, 24, r=2, lora_alpha=6, **options)
+        layer.load_state_dict(plain.state_dict(), strict=False)
+        return _randomized(nn.Sequential(layer, nn.ReLU()))
+
+    return make
+
+
+def _signal() -> Any:
+    from torch import nn
+
+    _seeded()
+    return nn.Sequential(nn.Conv1d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv1d(8, 6, 1))
+
+
+def _volume() -> Any:
+    from torch import nn
+
+    _seeded()
+    return nn.Sequential(nn.Conv3d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv3d(8, 6, 1))
+
+
+#: ``x @ A @ B * s`` beside ``x @ W`` as people write it: y = way(x, W's product, A [in, r], B [r, out], layer).
+HAND_WRITTEN: dict[str, Callable[..., Any]] = {
+    "scale last": lambda x, y, a, b, _: y + x @ a @ b * 0.5,
+    "scale first": lambda x, y, a, b, _: 0.5 * (x @ a) @ b + y,
+    "Div": lambda x, y, a, b, _: y + x @ a @ b / 4,
+    "scale in A": lambda x, y, a, b, _: y + x @ (a * 3) @ b,
+    "scale in B": lambda x, y, a, b, _: y + x @ a @ (b / 3),
+    "scale between": lambda x, y, a, b, _: y + (x @ a * 2) @ b,
+    "A @ B first": lambda x, y, a, b, _: y + x @ (a @ b),
+    "columns": lambda x, y, a, b, _: (
+        y + (b.transpose(-1, -2) @ (a.transpose(-1, -2) @ x.transpose(-1, -2))).transpose(-1, -2)
+    ),
+    "subtracted": lambda x, y, a, b, _: y - x @ a @ b,
+    "cast": lambda x, y, a, b, _: y + (x.double() @ a.double() @ b.double()).float(),
+    "dropout": lambda x, y, a, b, layer: y + _dropped(x, layer) @ a @ b,
+    "on the weight": lambda x, y, a, b, layer: _linear(x, layer.weight + 0.5 * (a @ b).transpose(-1, -2), layer.bias),
+    "linear layers": lambda x, y, a, b, _: y + _linear(_linear(x, a.transpose(-1, -2)), b.transpose(-1, -2)),
+}
+
+
+def _dropped(x: Any, layer: Any) -> Any:
+    from torch.nn import functional
+
+    return functional.dropout(x, 0.1, training=layer.training)
+
+
+def _linear(*arguments: Any) -> Any:
+    from torch.nn import functional
+
+    return functional.linear(*arguments)
+
+
+def _hand_written(adapted: bool) -> Callable[[], Any]:
+    """One layer for each way, a ReLU after each."""
+
+    def make() -> Any:
+        import torch
+        from torch import nn
+
+        class Layer(nn.Linear):
+            def __init__(self, way: Callable[..., Any]) -> None:
+                super().__init__(12, 12)
+                self.way = way
+                self.lora_a, self.lora_b = (nn.Parameter(torch.zeros(shape)) for shape in ((12, 2), (2, 12)))
+
+            def forward(self, x: torch.Tensor) -> Any:
+                return self.way(x, super().forward(x), self.lora_a, self.lora_b, self)
+
+        _seeded()
+        plain = nn.Sequential(*[layer for _ in HAND_WRITTEN for layer in (nn.Linear(12, 12), nn.ReLU())])
+        if not adapted:
+            return plain.eval()
+        made = nn.Sequential(*[layer for way in HAND_WRITTEN.values() for layer in (Layer(way), nn.ReLU())])
+        made.load_state_dict(plain.state_dict(), strict=False)
+        return _randomized(made)
+
+    return make
+
+
 _ROWS, _BATCH, _IMAGE = _floats(4, 12), _floats(2, 4, 12), _floats(2, 3, 8, 8)
 
 CASES: dict[str, Case] = {
@@ -258,8 +361,13 @@ CASES: dict[str, Case] = {
     ),
     "peft dora embedding": Case(_peft(_embedding, target_modules=["0"], use_dora=True), _embedding, _ids, 1),
     "peft dora conv2d": Case(_peft(_conv, target_modules=["0", "2"], use_dora=True), _conv, _IMAGE, 2),
+    "peft dora two adapters": Case(_two_dora, _mlp, _BATCH, 2),
+    "peft conv 1d": Case(_peft(_signal, target_modules=["0", "2"]), _signal, _floats(2, 3, 8), 2),
+    "peft conv 3d": Case(_peft(_volume, target_modules=["0", "2"]), _volume, _floats(1, 3, 4, 4, 4), 2),
     "loralib linear": Case(_loralib_linear(True), _loralib_linear(False), _BATCH, 1),
     "loralib embedding": Case(_loralib_embedding(True), _loralib_embedding(False), _ids, 1),
     "loralib conv2d": Case(_loralib_conv(True), _loralib_conv(False), _IMAGE, 1),
     "loralib merged": Case(_loralib_merged(True), _loralib_merged(False), _BATCH, 1),
+    "loralib merged [in, out]": Case(_merged_in_out(True), _merged_in_out(False), _BATCH, 1),
+    "hand-written": Case(_hand_written(True), _hand_written(False), _BATCH, len(HAND_WRITTEN)),
 }

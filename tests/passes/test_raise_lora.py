@@ -35,28 +35,6 @@ def fold(model: ir.Model) -> Raised:
     return report
 
 
-@pytest.mark.parametrize("exporter", EXPORTERS)
-@pytest.mark.parametrize("name", CASES)
-def test_modules(name: str, exporter: str) -> None:
-    case = CASES[name]
-    inputs = case.inputs()
-    model = export(case.adapted(), inputs, exporter)
-    plain = plain_export(name, exporter)
-    feeds = [tensor.numpy() for tensor in inputs]
-    want = run(model, feeds)
-    report = fold(model)
-    assert op_counts(model) == op_counts(plain)
-    assert relative_error(want, run(model, feeds)) < 1e-6
-    assert report.rejected == ()
-    sites = {binding.site.name for binding in report.bindings if binding.site.kind != "bias"}
-    folded_by_exporter = name == "loralib conv2d" and exporter == "optimized"
-    assert len(sites) == (0 if folded_by_exporter else case.deltas)
-    names = set(model.graph.initializers)
-    assert not any("base_layer" in n or "lora" in n or n.startswith("base_model") for n in names if report.bindings)
-    if report.bindings:
-        assert sites <= {"0.weight", "2.weight", "0.conv.weight"}
-
-
 @pytest.mark.parametrize("exporter", ["dynamo", "legacy"])
 def test_what_peft_trained_is_what_is_found(exporter: str) -> None:
     import torch
