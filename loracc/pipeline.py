@@ -118,6 +118,8 @@ def verify(
     combine: str | None = None,
     density: float | None = None,
     rank: int | None = None,
+    reference: str = "fp32",
+    taps: bool = False,
     latency: bool = False,
     provider: str = "cpu",
     threads: int = 0,
@@ -139,6 +141,8 @@ def verify(
         search: Folders in which to find them.
         original: As given to :func:`fold`.
         combine, density, rank: As given to :func:`fold`.
+        reference: "fp32": the unfused model in higher precision than the output; "as-trained": in the base's own type.
+        taps: Also measure the error right after every site.
         latency: Also compare latency with the base.
         provider: What runs the models: "cpu", "cuda", ...
         threads: Threads inside one operator; 0 is the runtime's own choice.
@@ -153,6 +157,7 @@ def verify(
     Raises:
         LoraccError: The input or the call is wrong. A check that says no raises nothing: see ``verdict``.
     """
+    from loracc.coverage import coverage_of
     from loracc.formats import parse_adapter_spec
     from loracc.report import check_reports
     from loracc.targets import target_for
@@ -163,6 +168,7 @@ def verify(
     if base is None:
         base, adapters, recorded = found_inputs(output, search, adapters, options)
         asked = {
+            "reference": reference, "taps": taps,
             "latency": latency, "provider": provider, "threads": threads, "seconds": seconds, "processes": processes,
             "margin": margin, "seed": seed, "reports": reports, "junit": junit, "progress": progress,
         }  # fmt: skip
@@ -186,6 +192,10 @@ def verify(
     else:
         loaded, bound = raise_adapters(loaded)
     judging = VerifyOptions(
+        inputs=dict(loaded.sample_inputs) if load.get("inputs_file") else {},
+        truth=reference,
+        taps=taps,
+        coverage=coverage_of(read, bound.bindings, bound.unmatched),
         raised_from=raised_from,
         seed=seed,
         provider=provider,

@@ -108,15 +108,18 @@ def print_verification(verification: Verification, console: Console) -> None:
     """One row a check: verdict, evidence, and what would have flipped it."""
     body = verification.to_json()
     table = Table(title="verification", title_justify="left", box=None, pad_edge=False)
-    for column in ("check", "verdict", "evidence"):
+    for column in ("check", "verdict", "evidence", "what would flip it"):
         table.add_column(column, overflow="fold")
     for name in ("numbers", "structure", "latency"):
         check = body.get(name)
         if check is None:
             continue
         verdict = check["verdict"]
-        table.add_row(name, Text(verdict, style=_STYLE.get(verdict, "")), Text(_evidence(name, check)))
+        flip = (check.get("threshold") or {}).get("text", "")
+        table.add_row(name, Text(verdict, style=_STYLE.get(verdict, "")), Text(_evidence(name, check)), Text(flip))
     console.print(table)
+    for site in (body["numbers"].get("end_to_end") or {}).get("sites", []):
+        console.print(Text(f"after {site['site']}: error {_number(site['error'])}"))
     unmeasured = " (latency was not measured: --latency)" if body["latency"]["verdict"] == "skipped" else ""
     console.print(Text.assemble("verdict: ", (body["verdict"], _STYLE.get(body["verdict"], "")), unmeasured))
 

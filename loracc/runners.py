@@ -144,6 +144,7 @@ class OnnxRunner:
         save_optimized: Where to write the graph that the optimizer made, as far as it does not depend on this machine.
         spin: Idle threads wait busily. Off when several sessions are timed in turn: one's threads would slow the other.
         adapter: An ``.onnx_adapter`` that is active in every run.
+        profile: Start of the name of a file in which the runtime records every kernel it runs.
 
     Raises:
         MissingExtraError: onnxruntime is not installed.
@@ -160,6 +161,7 @@ class OnnxRunner:
         save_optimized: Path | None = None,
         spin: bool = True,
         adapter: Path | None = None,
+        profile: Path | None = None,
     ) -> None:
         ort = onnxruntime()
         self.name = f"onnxruntime {ort.__version__} {provider}"
@@ -176,6 +178,9 @@ class OnnxRunner:
             options.add_session_config_entry(
                 "session.optimized_model_external_initializers_file_name", f"{save_optimized.name}.data"
             )
+        if profile is not None:
+            options.enable_profiling = True
+            options.profile_file_prefix = str(profile)
         self._held: list[Any] = []  # the session does not own what it was given
         source: Any = str(model)
         if isinstance(model, ir.Model):

@@ -6,9 +6,14 @@ A check that could not be made says ``skipped`` and why; nothing is ever passed 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
+
+from loracc.verdict_checks import Latency, Structure, Verdict, worst
+from loracc.verdict_flips import numbers_flip
+
+if TYPE_CHECKING:
+    from loracc.coverage import Coverage
 
 __all__ = [
     "EndToEnd",
@@ -23,19 +28,6 @@ __all__ = [
     "Weights",
     "worst",
 ]
-
-Verdict = Literal["pass", "fail", "inconclusive", "skipped"]
-_ORDER: tuple[Verdict, ...] = ("fail", "inconclusive", "pass", "skipped")
-
-
-def worst(verdicts: Iterable[Verdict]) -> Verdict:
-    """The verdict of several checks together: a failure beats doubt, doubt beats a pass, a pass beats a skipped check.
-
-    >>> worst(["pass", "skipped"]), worst(["pass", "inconclusive"]), worst([])
-    ('pass', 'inconclusive', 'skipped')
-    """
-    found = set(verdicts)
-    return next((verdict for verdict in _ORDER if verdict in found), "skipped")
 
 
 @dataclass(frozen=True)
@@ -157,7 +149,9 @@ class EndToEnd:
         effect: The largest of the outputs' effects.
         noise_floor: What the effect must exceed.
         outputs: One row an output.
-        sites: Errors after each bound site, only when the check failed; the first that is off is the culprit.
+        sites: Errors after each bound site, when the check failed or ``taps`` were asked for; the first that is off is
+            the culprit.
+        worst_site: The site after which the error is largest.
         draws: How many input draws, and where they come from.
         notes: What the reader must know about how it was computed.
     """
@@ -175,6 +169,7 @@ class EndToEnd:
     noise_floor: float | None = None
     outputs: tuple[OutputError, ...] = ()
     sites: tuple[SiteError, ...] = ()
+    worst_site: str = ""
     draws: str = ""
     notes: tuple[str, ...] = ()
 
@@ -189,15 +184,18 @@ class Numbers:
 
     weights: Weights
     end_to_end: EndToEnd
+    coverage: Coverage | None = None
 
     @property
     def verdict(self) -> Verdict:
-        return worst((self.weights.verdict, self.end_to_end.verdict))
+        covered = (self.coverage.verdict,) if self.coverage else ()
+        return worst((self.weights.verdict, self.end_to_end.verdict, *covered))
 
     @property
     def reason(self) -> str:
         """Why it failed, worst site included."""
-        failed = [part.reason for part in (self.weights, self.end_to_end) if part.verdict == "fail"]
+        parts = (self.coverage, self.weights, self.end_to_end)
+        failed = [part.reason for part in parts if part is not None and part.verdict == "fail"]
         if failed or self.verdict == "pass":
             return "; ".join(failed)
         return self.weights.reason or self.end_to_end.reason
@@ -214,8 +212,31 @@ class Numbers:
             "would_pass_at": self.end_to_end.would_pass_at,
             "worst_site": self.weights.worst_site,
             "summary": self._summary(),
+            "threshold": numbers_flip(self),
+            "effect": self._effect(),
+            "coverage": self.coverage.to_json() if self.coverage else {"verdict": "skipped"},
             "weights": self.weights.to_json(),
             "end_to_end": self.end_to_end.to_json(),
+        }
+
+    def _effect(self) -> dict[str, Any]:
+        """Whether the adapter does anything: to the outputs, or where those were not looked at, to the weights."""
+        end = self.end_to_end
+        if end.effect is not None and end.noise_floor is not None:
+            value, floor, what = end.effect, end.noise_floor, "outputs"
+        elif self.weights.verdict != "skipped":
+            value, floor, what = (
+                max((site.relative_norm or 0.0 for site in self.weights.sites), default=0.0),
+                0.0,
+                "weights",
+            )
+        else:
+            return {"verdict": "skipped"}
+        return {
+            "verdict": "pass" if value > floor else "fail",
+            "value": value,
+            "noise_floor": floor,
+            "measured_on": what,
         }
 
     def _summary(self) -> str:
@@ -224,83 +245,6 @@ class Numbers:
         text = "" if share is None else f"{len(sites)} weights, {100 * share:.4g} % correctly rounded"
         skipped = self.end_to_end.verdict == "skipped"
         return f"{text}; end to end skipped: {self.end_to_end.reason}" if skipped else text
-
-
-@dataclass(frozen=True)
-class Structure:
-    """Base and output graph, node for node.
-
-    Attributes:
-        verdict: Isomorphic or not.
-        reason: The first difference.
-        differences: Readable differences, the first ones.
-        nodes: Nodes of the base graph, subgraphs included.
-        clones: Output initializers that are un-shared copies: {name in the output: name in the base}.
-        optimized: Verdict on the graphs after the runtime's optimizer.
-        optimized_reason: Why that failed or was skipped.
-        optimized_nodes: Nodes after it.
-        compared: What was compared, where it was no graph.
-    """
-
-    verdict: Verdict
-    reason: str = ""
-    differences: tuple[str, ...] = ()
-    nodes: int = 0
-    clones: dict[str, str] = field(default_factory=dict)
-    optimized: Verdict = "skipped"
-    optimized_reason: str = ""
-    optimized_nodes: int | None = None
-    compared: str = ""
-
-    def to_json(self) -> dict[str, Any]:
-        tensors = "the same tensors, in names, shapes, dtypes and order"
-        compared = self.compared or (f"{self.nodes} nodes, isomorphic" if self.nodes else tensors)
-        summary = compared if self.verdict == "pass" else ""
-        return {**vars(self), "differences": list(self.differences), "summary": summary}
-
-
-@dataclass(frozen=True)
-class Latency:
-    """Output against base, in time.
-
-    Attributes:
-        verdict: pass: the interval lies inside 1 ± margin; fail: wholly above it; inconclusive: neither.
-        ratio: Median of the paired ratios output/base, averaged over the processes.
-        interval: Its bootstrap 95 % interval, which decides.
-        interval_90: The 90 % one: two one-sided tests at 5 %. It decides nothing.
-        noise_ratio, noise_interval: The same for a second copy of the base against the base.
-        noise_floor: How far from 1 that interval reaches.
-        margin: What counts as equal.
-        would_pass_at: The margin that would have passed.
-        pairs: Pairs measured.
-        processes: In how many processes.
-        more_pairs: Estimated number of further pairs that a verdict needs; None when there is one.
-        base_ms, output_ms: Median times.
-        runner: What ran them.
-        samples, noise_samples: Per process some of the pairs (base, output) and (base, base) in milliseconds.
-    """
-
-    verdict: Verdict
-    reason: str = ""
-    ratio: float | None = None
-    interval: tuple[float, float] | None = None
-    interval_90: tuple[float, float] | None = None
-    noise_ratio: float | None = None
-    noise_interval: tuple[float, float] | None = None
-    noise_floor: float | None = None
-    margin: float | None = None
-    would_pass_at: float | None = None
-    pairs: int = 0
-    processes: int = 0
-    more_pairs: int | None = None
-    base_ms: float | None = None
-    output_ms: float | None = None
-    runner: str = ""
-    samples: tuple[tuple[tuple[float, float], ...], ...] = ()
-    noise_samples: tuple[tuple[tuple[float, float], ...], ...] = ()
-
-    def to_json(self) -> dict[str, Any]:
-        return dict(vars(self))
 
 
 @dataclass(frozen=True)

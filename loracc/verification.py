@@ -27,6 +27,7 @@ from loracc.verify_graphs import FLOATS
 from loracc.verify_numbers import check_end_to_end
 from loracc.verify_optimized import compare_optimized
 from loracc.verify_options import VerifyOptions
+from loracc.verify_profile import compare_kernels
 from loracc.verify_structure import Match, compare_checkpoints, compare_graphs
 from loracc.verify_weights import check_weights
 
@@ -64,13 +65,17 @@ def verify(
         match = compare_graphs(expected, made.ir)
     else:
         match = compare_checkpoints(expected, made.ir, _untied(base, bindings))
-    structure = _structure(match, expected, made.ir, options, traced=traced)
+    structure = _structure(match, base, expected, made.ir, options, traced=traced)
     weights = check_weights(expected, made.ir, match.pairs, bindings, progress)
     if options.end_to_end:
         end_to_end = check_end_to_end(base, made, _runnable(made), match, bindings, options)
     else:
         end_to_end = EndToEnd("skipped", "not asked for")
-    return Verification(Numbers(weights, end_to_end), structure, _latency(base, made, options, progress, traced=traced))
+    return Verification(
+        Numbers(weights, end_to_end, options.coverage),
+        structure,
+        _latency(base, made, options, progress, traced=traced),
+    )
 
 
 def _load(path: Path, base: BaseModel) -> BaseModel:
@@ -116,7 +121,9 @@ def _untied(base: BaseModel, bindings: Sequence[Binding]) -> dict[str, str]:
     }
 
 
-def _structure(match: Match, base: ir.Model, out: ir.Model, options: VerifyOptions, *, traced: bool) -> Structure:
+def _structure(
+    match: Match, original: BaseModel, base: ir.Model, out: ir.Model, options: VerifyOptions, *, traced: bool
+) -> Structure:
     found = Structure(
         "fail" if match.differences else "pass",
         match.differences[0] if match.differences else "",
@@ -125,14 +132,21 @@ def _structure(match: Match, base: ir.Model, out: ir.Model, options: VerifyOptio
         match.clones,
     )
     if not traced:
-        return replace(found, optimized_reason="a checkpoint has no graph")
+        return replace(found, optimized_reason="a checkpoint has no graph", kernels_reason="a checkpoint has no graph")
     if match.differences:
-        return replace(found, optimized_reason="the graphs differ already")
+        differ = "the graphs differ already"
+        return replace(found, optimized_reason=differ, kernels_reason=differ)
     after = compare_optimized(base, out, options)
     found = replace(found, optimized=after.verdict, optimized_reason=after.reason, optimized_nodes=after.nodes or None)
-    if after.verdict != "fail":
+    if after.verdict == "fail":
+        return replace(found, verdict="fail", reason=after.reason, differences=after.differences)
+    if not options.end_to_end:
+        return replace(found, kernels_reason="the models were not to be run")
+    ran = compare_kernels(original, base, out, options)
+    found = replace(found, kernels=ran.verdict, kernels_reason=ran.reason, kernels_run=ran.count or None)
+    if ran.verdict != "fail":
         return found
-    return replace(found, verdict="fail", reason=after.reason, differences=after.differences)
+    return replace(found, verdict="fail", reason=f"kernels that ran: {ran.reason}", differences=ran.differences)
 
 
 def _runnable(out: BaseModel) -> Path | None:

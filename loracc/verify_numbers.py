@@ -168,7 +168,7 @@ def _compare(case: _Case, inputs: list[dict[str, Array]]) -> EndToEnd:
     wrapped = any("float32" in note for note in unfused.notes)
     noise = _NOISE * unit_roundoff(ir.DataType.FLOAT if wrapped else case.reference)
     result = replace(_judge(reference, base, own, made, case, noise), notes=notes)
-    wrong = result.verdict == "fail" and result.effect and case.made is None
+    wrong = (result.verdict == "fail" or options.taps) and result.effect and case.made is None
     return _localised(case, result, inputs[:1]) if wrong else result
 
 
@@ -231,6 +231,9 @@ def _judge(reference: Outputs, base: Outputs, own: Outputs, made: Outputs, case:
     for name in reference[0]:
         truth, ours, theirs, before = ([draw[name] for draw in draws] for draws in (reference, made, own, base))
         unfused = relative_error(theirs, truth)
+        multiple = case.options.multiple
+        if case.options.truth == "as-trained":  # as far off as the trainer's own roundings are, and the output's
+            truth, multiple = theirs, multiple + 1.0
         rows.append(
             OutputError(
                 name=name,
@@ -239,7 +242,7 @@ def _judge(reference: Outputs, base: Outputs, own: Outputs, made: Outputs, case:
                 effect=relative_error(before, truth),
                 relative_l2=relative_l2(ours, truth) if is_float_array(truth[0]) else 0.0,
                 # Overflow in the output's own type is no licence to be wrong.
-                tolerance=max(case.options.multiple * unfused, floor) if math.isfinite(unfused) else floor,
+                tolerance=max(multiple * unfused, floor) if math.isfinite(unfused) else floor,
                 more=further_metrics(name, ours, truth),
             )
         )
@@ -281,7 +284,11 @@ def _localised(case: _Case, result: EndToEnd, inputs: list[dict[str, Array]]) ->
         for site, (after, name) in pairs.items()
         if name in there and name in actual and after in reference
     ]
-    return replace(result, sites=tuple(sites), reason=result.reason + _culprit(sites, result.tolerance or 0.0))
+    worst = max(sites, key=lambda site: site.error, default=None)
+    result = replace(result, sites=tuple(sites), worst_site=worst.site if worst else "")
+    if result.verdict != "fail":
+        return result
+    return replace(result, reason=result.reason + _culprit(sites, result.tolerance or 0.0))
 
 
 def _culprit(sites: Sequence[SiteError], tolerance: float) -> str:

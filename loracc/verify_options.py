@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
+from loracc.coverage import Coverage
 from loracc.dtypes import Array
 
 __all__ = ["VerifyOptions"]
@@ -27,6 +28,10 @@ class VerifyOptions:
         floor: In unit roundoffs of the output's type: an error below this is never a failure.
         raised_from: The graph with LoRA inside that the base and its deltas were raised from; it is the unfused model
             then, so that a mistake in the raising shows too.
+        truth: "fp32": the unfused model in higher precision than the output; "as-trained": the unfused model in the
+            base's own type, with that type's roundings, which is what the trainer saw.
+        taps: Measure the error after every bound site, and not only when the check fails.
+        coverage: What became of the adapters' tensors, from where they were bound.
         end_to_end: Run the models; the weights are checked in any case.
         memory_share: Share of the free memory that the reference may take; above it, end to end is skipped.
         optimized_bytes: Largest model whose graph is also compared after the runtime's optimizer.
@@ -44,6 +49,9 @@ class VerifyOptions:
     multiple: float = 4.0
     floor: float = 8.0
     raised_from: ir.Model | None = None
+    truth: str = "fp32"
+    taps: bool = False
+    coverage: Coverage | None = None
     end_to_end: bool = True
     memory_share: float = 0.4
     optimized_bytes: int = 1 << 30

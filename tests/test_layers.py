@@ -22,7 +22,7 @@ LAYERS = (
     ("passes.*",),
     ("sources.*", "formats.*", "streaming", "staging"),
     ("targets.*",),
-    ("runners.*", "device_clock", "timing.*", "verdict", "provenance", "decoder_inputs", "sample_inputs"),
+    ("runners.*", "device_clock", "timing.*", "verdict.*", "coverage", "provenance", "decoder_inputs", "sample_inputs"),
     ("verification", "verify.*", "bench_grid"),
     ("report.*", "bench_files", "inspection"),
     ("lower", "job", "packed_factors"),

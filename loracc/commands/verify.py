@@ -48,6 +48,11 @@ Exit code 0 when every check passed, 1 when one said no, 2 when the call or a fi
 @base_option
 @combine_options
 @model_options
+@click.option(
+    "--reference", type=click.Choice(["fp32", "as-trained"]), default="fp32", show_default=True,
+    help="The truth: the unfused model in higher precision than the output, or in the base's own type.",
+)  # fmt: skip
+@click.option("--taps", is_flag=True, help="Measure the error right after every site (always done when a check fails).")
 @click.option("--latency/--no-latency", default=False, help="Also compare latency with the base (takes a while).")
 @timing_options(seconds=30.0)
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the sampled inputs, and of --combine.")
