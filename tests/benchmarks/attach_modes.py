@@ -13,6 +13,8 @@ batch of n rows with n distinct adapters against the base with the same batch. T
 from __future__ import annotations
 
 import argparse
+import itertools
+import shutil
 import statistics
 import tempfile
 import time
@@ -51,7 +53,7 @@ class Contender:
 def build(workload: str, folder: Path, targets: tuple[str, ...], rank: int, slots: Sequence[int]) -> Path:
     """The base, and everything that is timed against it, in ``folder``."""
     base = folder / "base.onnx"
-    count = max(slots, default=1)
+    count = max([2, *slots])
     adapters = [
         make_adapter(workload, folder / f"a{index}", targets=targets, rank=rank, seed=str(index))
         for index in range(count)
@@ -153,7 +155,7 @@ def switching_table(folder: Path) -> str:
         ("inputs: make it the active one of a call", timed(lambda: activate(adapter), 200)),
     ]
     with Deployment(folder / "variants.onnx", capacity=1, threads=2) as deployment:
-        names = iter(deployment.names * 3)
+        names = itertools.cycle(deployment.names)
         rows.append(("variants: first load (fold, open)", timed(lambda: deployment.session(next(names)), 6)))
         last = deployment.loaded[-1]
         rows.append(("variants: one that is loaded", timed(lambda: deployment.session(last), 200)))
@@ -172,18 +174,34 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--processes", type=int, default=4)
     parser.add_argument("--folder", type=Path, help="where to make the data (default: a temporary folder, removed)")
     options = parser.parse_args(arguments)
-    slots = [int(size) for size in options.slots.split(",") if size]
-    with tempfile.TemporaryDirectory(prefix="loracc-bench-", dir=options.folder) as name:
-        base = export_base(options.workload, Path(name) / "base.onnx")
-        for title in options.adapter or ADAPTERS:
-            folder = Path(name) / title.split()[0]
-            folder.mkdir()
+    print(report(**vars(options)))
+
+
+def report(
+    workload: str,
+    *,
+    adapter: Sequence[str] | None = None,
+    slots: str = "1,8,64",
+    seconds: float = 10.0,
+    processes: int = 4,
+    folder: Path | None = None,
+) -> str:
+    """All tables of one workload, as Markdown; the arguments are the command line's."""
+    sizes = [int(size) for size in slots.split(",") if size]
+    parts = []
+    with tempfile.TemporaryDirectory(prefix="loracc-bench-", dir=folder) as name:
+        base = export_base(workload, Path(name) / "base.onnx")
+        for title in adapter or ADAPTERS:
+            home = Path(name) / title.split()[0]
+            home.mkdir()
             for file in base.parent.glob("base.onnx*"):
-                (folder / file.name).hardlink_to(file)
-            build(options.workload, folder, *ADAPTERS[title], slots)
-            print(f"\n{options.workload}, {title}, two threads, {options.processes} processes\n")
-            print(latency_table(options.workload, folder, slots, options.seconds, options.processes), flush=True)
-            print(f"\n{switching_table(folder)}", flush=True)
+                (home / file.name).hardlink_to(file)
+            build(workload, home, *ADAPTERS[title], sizes)
+            parts.append(f"{workload}, {title}, two threads, {processes} processes")
+            parts.append(latency_table(workload, home, sizes, seconds, processes))
+            parts.append(switching_table(home))
+            shutil.rmtree(home)
+    return "\n\n".join(parts)
 
 
 if __name__ == "__main__":

@@ -133,20 +133,31 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--adapter", choices=list(ADAPTERS), default="r=8 on c_attn")
     parser.add_argument("--contenders", default=",".join(CONTENDERS), help="which of them to measure")
     parser.add_argument("--folder", type=Path, help="where to make the data (default: a temporary folder, removed)")
-    options = parser.parse_args(given)
-    counts = [int(count) for count in options.counts.split(",")]
-    chosen = [name for name in options.contenders.split(",") if name != "batched" or "batched" in MODES]
-    with tempfile.TemporaryDirectory(prefix="loracc-bench-", dir=options.folder) as name:
-        folder = Path(name)
-        build(options.workload, folder, counts, *ADAPTERS[options.adapter])
-        print(f"{options.workload}, {options.adapter}\n")
-        heads = [f"{what}, MB, {count}" for count in counts for what in ("disk", "resident")]
-        print(f"| adapters | {' | '.join(heads)} |\n|---{'|---' * len(heads)}|")
+    print(report(**vars(parser.parse_args(given))))
+
+
+def report(
+    workload: str,
+    *,
+    counts: str = "1,10,100",
+    adapter: str = "r=8 on c_attn",
+    contenders: str = ",".join(CONTENDERS),
+    folder: Path | None = None,
+) -> str:
+    """The table, as Markdown; the arguments are the command line's."""
+    numbers = [int(count) for count in counts.split(",")]
+    chosen = [name for name in contenders.split(",") if name != "batched" or "batched" in MODES]
+    heads = [f"{what}, MB, {count}" for count in numbers for what in ("disk", "resident")]
+    lines = [f"{workload}, {adapter}", "", f"| adapters | {' | '.join(heads)} |", f"|---{'|---' * len(heads)}|"]
+    with tempfile.TemporaryDirectory(prefix="loracc-bench-", dir=folder) as name:
+        home = Path(name)
+        build(workload, home, numbers, *ADAPTERS[adapter])
         for contender in chosen:
             cells = []
-            for count in counts:
-                cells += [disk(contender, folder, count) / 1e6, measured(contender, folder, count) / 1e6]
-            print(f"| {CONTENDERS[contender]} | " + " | ".join(f"{cell:.0f}" for cell in cells) + " |", flush=True)
+            for count in numbers:
+                cells += [disk(contender, home, count) / 1e6, measured(contender, home, count) / 1e6]
+            lines.append(f"| {CONTENDERS[contender]} | " + " | ".join(f"{cell:.0f}" for cell in cells) + " |")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -127,15 +127,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Memory of further sessions of the same weights.")
     parser.add_argument("workload", choices=[name for name in WORKLOADS if name.startswith("gpt2")])
     parser.add_argument("--folder", type=Path, help="where to make the data (default: a temporary folder, removed)")
-    options = parser.parse_args(given)
-    with tempfile.TemporaryDirectory(prefix="loracc-bench-", dir=options.folder) as name:
-        base = export_base(options.workload, Path(name) / "base.onnx")
-        print("| weights handed over | MB a further session | s to open | ms a run, 1 × 16 |\n|---|---|---|---|")
+    print(report(**vars(parser.parse_args(given))))
+
+
+def report(workload: str, *, folder: Path | None = None) -> str:
+    """The table, as Markdown."""
+    lines = ["| weights handed over | MB a further session | s to open | ms a run, 1 × 16 |", "|---|---|---|---|"]
+    with tempfile.TemporaryDirectory(prefix="loracc-bench-", dir=folder) as name:
+        base = export_base(workload, Path(name) / "base.onnx")
         for way in WAYS:
             command = [sys.executable, "-m", "tests.benchmarks.session_memory", "--measure", str(base), way]
             done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ)
             megabytes, opening, run = map(float, done.stdout.split())
-            print(f"| {way} | {megabytes:.0f} | {opening:.2f} | {run:.1f} |", flush=True)
+            lines.append(f"| {way} | {megabytes:.0f} | {opening:.2f} | {run:.1f} |")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

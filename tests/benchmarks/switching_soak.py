@@ -128,25 +128,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=8)
     parser.add_argument("--variants", type=int, default=12)
     parser.add_argument("--capacity", type=int, default=4)
-    options = parser.parse_args(arguments)
+    print(report(**vars(parser.parse_args(arguments))))
+
+
+def report(*, seconds: float = 60.0, threads: int = 8, variants: int = 12, capacity: int = 4) -> str:
+    """What a soak found, in two lines.
+
+    Raises:
+        SystemExit: An output was wrong.
+    """
     with tempfile.TemporaryDirectory(prefix="loracc-soak-") as name:
-        folder = Path(name)
-        expected = prepare(folder, options.variants)
-        found = soak(
-            folder / "out.onnx",
-            expected,
-            seconds=options.seconds,
-            threads=options.threads,
-            capacity=options.capacity,
-        )
-    quarter = len(found.resident) // 4
-    medians = [np.median(found.resident[i * quarter : (i + 1) * quarter]) / 1e6 for i in range(4)]
-    print(f"{options.threads} threads, {options.variants} variants and the base, {options.capacity} kept, ", end="")
-    print(f"{options.seconds:g} s: {found.calls:,} outputs compared, {len(found.wrong)} wrong, {found.loads} loads")
-    print("resident memory, MB, median of each quarter: " + " ".join(f"{value:.0f}" for value in medians), end="")
-    print(f"; growth {found.growth() / 1e6:+.3f} MB/s; most {max(found.resident) / 1e6:.0f}")
+        expected = prepare(Path(name), variants)
+        found = soak(Path(name) / "out.onnx", expected, seconds=seconds, threads=threads, capacity=capacity)
     if found.wrong:
         raise SystemExit(f"wrong outputs: {found.wrong[:5]}")
+    quarter = len(found.resident) // 4
+    medians = [np.median(found.resident[i * quarter : (i + 1) * quarter]) / 1e6 for i in range(4)]
+    return (
+        f"{threads} threads, {variants} variants and the base, {capacity} kept, {seconds:g} s: {found.calls:,} outputs "
+        f"compared, {len(found.wrong)} wrong, {found.loads:,} loads\n"
+        f"resident memory, MB, median of each quarter: {' '.join(f'{value:.0f}' for value in medians)}; "
+        f"growth {found.growth() / 1e6:+.3f} MB/s; most {max(found.resident) / 1e6:.0f}"
+    )
 
 
 if __name__ == "__main__":
