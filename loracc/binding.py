@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from loracc.model import BaseModel
     from loracc.passes.bind_adapter import BindResult
 
-__all__ = ["bind_adapters", "bind_each", "raise_adapters", "read_adapters"]
+__all__ = ["bind_adapters", "bind_each", "bind_each_by_content", "raise_adapters", "read_adapters"]
 
 
 def read_adapters(
@@ -88,8 +88,31 @@ def bind_adapters(
         return model, bind(model, adapters, maps=maps, allow_unmatched=allow_unmatched)
 
 
+def bind_each_by_content(
+    model: BaseModel,
+    adapters: Sequence[Adapter],
+    maps: Sequence[str],
+    allow_unmatched: bool,
+    original: str | os.PathLike[str] | None,
+) -> tuple[BaseModel, list[BindResult]]:
+    """:func:`bind_each`, with the names that the original checkpoint has for the graph's weights, where it is given."""
+    if original is None:
+        return model, bind_each(model, adapters, maps, allow_unmatched)
+    from loracc.content import with_base
+
+    def once(named: BaseModel, explain: Callable[[str], str], allow: bool) -> list[BindResult]:
+        return bind_each(named, adapters, maps, allow, explain=explain)
+
+    named, found, _ = with_base(model, original, once, allow_unmatched)
+    return named, found
+
+
 def bind_each(
-    model: BaseModel, adapters: Sequence[Adapter], maps: Sequence[str], allow_unmatched: bool
+    model: BaseModel,
+    adapters: Sequence[Adapter],
+    maps: Sequence[str],
+    allow_unmatched: bool,
+    explain: Callable[[str], str] | None = None,
 ) -> list[BindResult]:
     """Bind each adapter by itself, as if it were the only one; the problems of all are raised together.
 
@@ -103,7 +126,9 @@ def bind_each(
     errors: list[LoraccError] = []
     for adapter in adapters:
         try:
-            found.append(bind(model, [adapter], maps=maps_of(adapter, maps), allow_unmatched=allow_unmatched))
+            found.append(
+                bind(model, [adapter], maps=maps_of(adapter, maps), allow_unmatched=allow_unmatched, explain=explain)
+            )
         except LoraccError as error:
             errors.append(error)
     if errors:

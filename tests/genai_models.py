@@ -86,14 +86,18 @@ def logits(model: Path, tokens: list[int]) -> Any:
     return session.run(["logits"], feeds)[0]
 
 
-def generate(folder: Path, prompt: list[int], length: int) -> list[int]:
-    """Greedy tokens by onnxruntime-genai, the prompt among them."""
+def generate(folder: Path, prompt: list[int], length: int, *, adapter: Path | None = None) -> list[int]:
+    """Greedy tokens by onnxruntime-genai, the prompt among them; with an adapter active, if one is given."""
     import onnxruntime_genai as og
 
     model = og.Model(str(folder))
     parameters = og.GeneratorParams(model)
     parameters.set_search_options(do_sample=False, max_length=length, min_length=length)
     generator = og.Generator(model, parameters)
+    if adapter is not None:
+        adapters = og.Adapters(model)
+        adapters.load(str(adapter), "given")
+        generator.set_active_adapter(adapters, "given")
     generator.append_tokens(prompt)
     while not generator.is_done():
         generator.generate_next_token()

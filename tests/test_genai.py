@@ -85,6 +85,18 @@ def test_fused_queries_keys_and_values(case: Case, tmp_path: Path, capsys: pytes
     assert generate(tmp_path / "out", PROMPT, LENGTH) == case.expected
 
 
+def test_switched_by_onnxruntime_genai(case: Case, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """``attach --base``: the graph and its ``.onnx_adapter``, loaded and switched by ``og.Adapters``."""
+    model = build_with_genai(case.base, tmp_path / "fp32", "fp32")
+    out = tmp_path / "out"
+    shutil.copytree(model.parent, out, ignore=shutil.ignore_patterns("*.onnx*", "cache"))
+    command = ["attach", str(model), f"tuned={case.adapter}", "--base", str(case.base), "-o", str(out / "model.onnx")]
+    code = run([*command, "--quiet"])
+    assert code == 0, capsys.readouterr().err
+    assert generate(out, PROMPT, LENGTH) == case.unadapted
+    assert generate(out, PROMPT, LENGTH, adapter=out / "tuned.onnx_adapter") == case.expected
+
+
 def test_without_any_name(case: Case, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = build_with_genai(case.base, tmp_path / "fp32", "fp32")
     ir.save(anonymous(ir.load(model)), model, external_data="model.onnx.data")

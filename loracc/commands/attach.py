@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from loracc.commands.options import adapter_options, console, model_options, output_options
+from loracc.commands.options import adapter_options, base_option, console, model_options, output_options
 from loracc.switching.modes import MODES
 
 __all__ = ["attach"]
@@ -42,6 +42,7 @@ Ways of switching (--as):
     help="Of inputs: one more adapter, the exact weighted sum of others. Repeatable.",
 )
 @adapter_options
+@base_option
 @click.option(
     "--dtype", type=click.Choice(["fp32", "fp16", "bf16"]), help="Write weights in this dtype (default: the base's)."
 )

@@ -27,6 +27,7 @@ def attach(
     sums: Sequence[str] = (),
     slots: int | None = None,
     rank: int | None = None,
+    original: Path_ | None = None,
     maps: Sequence[str] = (),
     allow_unmatched: bool = False,
     dtype: str | None = None,
@@ -49,7 +50,8 @@ def attach(
         sums: "inputs": further adapters that are exact sums of the given ones, ``NAME=a+b@0.5``.
         slots: "batched": how many places for adapters; as many as adapters when None.
         rank: "batched": room in each place; what the adapters need when None.
-        maps, allow_unmatched, dtype, external, reports, dry_run, force, progress, options: As for :func:`loracc.fold`.
+        original, maps, allow_unmatched, dtype, external, reports, dry_run, force, progress, options: As for
+            :func:`loracc.fold`.
         verify: Prove the result before it is moved into place: with each adapter the numbers of the unfused model,
             without one the base's bits, and but for the branches the base's graph.
 
@@ -57,7 +59,7 @@ def attach(
         LoraccError: The input or the call is wrong (exit code 2 of the command line).
         CheckFailed: What was written is not what was asked for; nothing was moved into place (exit code 1).
     """
-    from loracc.binding import bind_each, read_adapters
+    from loracc.binding import bind_each_by_content, read_adapters
     from loracc.formats import parse_adapter_spec
     from loracc.job import Job
     from loracc.pipeline import load_traced, split_options
@@ -67,6 +69,8 @@ def attach(
 
     _check_call(mode, adapters, output, {"sums": sums, "slots": slots, "rank": rank})
     if adds_to(mode, model, output):
+        if original is not None:
+            raise InputError(f"--base: {model} records what its weights are called.", hint="Leave it out.")
         asked = {"maps": maps, "allow_unmatched": allow_unmatched, "verify": verify, "force": force, **options}
         check_reports(reports, [Path(output)])
         result = add_variants(output, adapters, dry_run=dry_run, **asked)
@@ -81,7 +85,8 @@ def attach(
     load, told = split_options(options)
     read = read_adapters(specs, told, combine=None, density=None, rank=None, seed=0)
     base = load_traced(model, load)
-    bound = tuple(Bound(*pair) for pair in zip(read, bind_each(base, read, maps, allow_unmatched), strict=True))
+    base, found = bind_each_by_content(base, read, maps, allow_unmatched, original)
+    bound = tuple(Bound(*pair) for pair in zip(read, found, strict=True))
     request = AttachRequest(
         base=base,
         bound=bound,
