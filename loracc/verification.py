@@ -20,6 +20,7 @@ import onnx_ir as ir
 from loracc.dtypes import is_float
 from loracc.folded import Binding
 from loracc.model import BaseModel, LoadOptions
+from loracc.passes.encode_weights import is_decoded
 from loracc.passes.retype import RetypePass, recast
 from loracc.progress import Progress
 from loracc.verdict import EndToEnd, Latency, Numbers, Structure, Verification
@@ -136,6 +137,11 @@ def _structure(
     if match.differences:
         differ = "the graphs differ already"
         return replace(found, optimized_reason=differ, kernels_reason=differ)
+    split = [name for name in match.clones if is_decoded(out.graph.initializers[name].const_value)]
+    if split:
+        # Each has an operator that decodes it: what one reader alone reads, the runtime fuses in another way.
+        reason = f"the quantized weight {split[0]} was un-shared"
+        return replace(found, optimized_reason=reason, kernels_reason=reason)
     after = compare_optimized(base, out, options)
     found = replace(found, optimized=after.verdict, optimized_reason=after.reason, optimized_nodes=after.nodes or None)
     if after.verdict == "fail":
