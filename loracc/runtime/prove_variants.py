@@ -6,13 +6,18 @@ back from its file, with the deltas read back from theirs.
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from loracc.errors import CheckFailed
 from loracc.folded import Binding
-from loracc.model import BaseModel
+from loracc.model import BaseModel, LoadOptions
+from loracc.passes.encode_weights import encoded
 from loracc.runtime.variant_graph import variant_graph
+from loracc.sources import load_model
+from loracc.targets.onnx_file import write_onnx
 from loracc.verdict import Verification
 from loracc.verification import VerifyOptions, verify
 from loracc.verify_structure import compare_graphs
@@ -54,8 +59,14 @@ def prove_variant(
         CheckFailed: A check said no.
     """
     graph = variant_graph(made.ir, made.sites, stored)
-    # Not "onnx": what is judged is this graph, and not the file that it was made from.
-    result = verify(base, replace(made, ir=graph, format="variant"), bindings, VerifyOptions())
+    if encoded(graph) is graph:
+        # Not "onnx": what is judged is this graph, and not the file that it was made from.
+        result = verify(base, replace(made, ir=graph, format="variant"), bindings, VerifyOptions())
+    else:  # new codes are judged as they are read back from a file
+        with tempfile.TemporaryDirectory(prefix="loracc-") as folder:
+            file = Path(folder) / "variant.onnx"
+            write_onnx(graph, file)
+            result = verify(base, load_model(file, LoadOptions()), bindings, VerifyOptions())
     if result.verdict == "fail":
         raise CheckFailed(
             f"variant {name!r} did not pass its verification, and nothing was written.\n{result.summary()}",

@@ -18,14 +18,17 @@ import onnx_ir as ir
 
 from loracc.dtypes import Array
 from loracc.errors import InputError
-from loracc.folded import Binding, FoldedTensor
+from loracc.folded import Binding
 from loracc.model import BaseModel, LoadOptions
+from loracc.passes.encode_weights import encoded
 from loracc.rows import give_back, mapped
 from loracc.runtime.manifest import Manifest, contained
+from loracc.runtime.mapped_files import MappedFiles
 from loracc.runtime.variant_graph import variant_graph
 from loracc.sources.onnx_model import load_onnx
+from loracc.targets.linked_data import files_of
 from loracc.targets.onnx_file import graph_bytes, initializers
-from loracc.tensors import PermutedTensor, dims, lies_in_file
+from loracc.tensors import dims
 
 __all__ = ["SessionSource", "SharedBase"]
 
@@ -66,23 +69,18 @@ class SharedBase:
         graph = contained(path, manifest.graph.path)
         manifest.graph.check(graph, whole=True)
         self._content = graph.read_bytes()
-        self._files: dict[str, Array] = {}
+        real = {file.path: contained(path, file.path) for file in manifest.weights}
         for file in manifest.weights:
-            real = contained(path, file.path)
-            file.check(real, whole=verify)
-            self._files[os.path.relpath(path.parent / file.path, path.parent)] = mapped(real)
-        self._names = {str(contained(path, name)): name for name in self._files}
+            file.check(real[file.path], whole=verify)
+        files = {name: mapped(file) for name, file in real.items()}
+        self._mapped = MappedFiles(files, {str(file): name for name, file in real.items()})
         self.model: BaseModel = load_onnx(graph, LoadOptions())
-        for tensor in (value.const_value for value in initializers(self.model.ir)):
-            if isinstance(tensor, ir.ExternalTensor) and tensor.path not in self._names:
-                raise InputError(
-                    f"{path}: the graph's weights lie in {tensor.path}, which the manifest does not name.",
-                    hint="Restore the manifest, or attach the adapters again.",
-                )
+        _check_named(path, self.model.ir, set(map(str, real.values())))
+        self._mapped.put_under(self.model.ir)
 
     def base(self) -> SessionSource:
         """The base itself: the file's own bytes."""
-        return SessionSource(self._content, dict(self._files))
+        return SessionSource(self._content, dict(self._mapped.files))
 
     def variant(self, bindings: Sequence[Binding]) -> SessionSource:
         """The base with deltas folded in; computed here.
@@ -90,47 +88,47 @@ class SharedBase:
         Raises:
             NumericsError: A folded weight is not finite.
         """
-        graph = variant_graph(self.model.ir, self.model.sites, bindings)
+        graph = encoded(variant_graph(self.model.ir, self.model.sites, bindings))
         places: dict[ir.Value, ir.TensorProtocol] = {}
         own: dict[str, ir.TensorProtocol] = {}
         for value in initializers(graph):
             tensor = value.const_value
-            if isinstance(tensor, ir.ExternalTensor):
-                places[value] = _reference(tensor, self._names[tensor.path], tensor.offset or 0)
-            elif isinstance(tensor, FoldedTensor | PermutedTensor):
-                tensor = value.const_value = self._in_memory(tensor)
-                if tensor.nbytes >= _INLINE_BYTES:
-                    file = f"{len(own)}.changed"
-                    own[file] = tensor
-                    places[value] = _reference(tensor, file, 0)
+            if tensor is None:
+                continue
+            if (place := self._mapped.place_of(tensor)) is not None:
+                places[value] = _reference(value, tensor, *place)
+            elif isinstance(tensor, ir.LazyTensor) and tensor.nbytes >= _INLINE_BYTES:
+                file = f"{len(own)}.changed"
+                own[file] = tensor
+                places[value] = _reference(value, tensor, file, 0)
         changed = dict(zip(own, self._pool.map(_bytes_of, own.values()), strict=True))
-        return SessionSource(graph_bytes(graph, places, self.model.path), {**self._files, **changed})
+        return SessionSource(graph_bytes(graph, places, self.model.path), {**self._mapped.files, **changed})
 
     def release(self) -> None:
         """Let the system have the pages that sessions have packed into copies; they are read again on demand."""
-        for data in self._files.values():
+        for data in self._mapped.files.values():
             give_back(data)
 
-    def _in_memory(self, tensor: ir.TensorProtocol) -> ir.TensorProtocol:
-        """The same computation on the mapped bytes in place of the file."""
-        if isinstance(tensor, FoldedTensor):
-            return FoldedTensor(self._in_memory(tensor.base), tensor.bindings)
-        if isinstance(tensor, PermutedTensor):
-            return PermutedTensor(self._in_memory(tensor.base), tensor.perm, tensor.name)
-        if not isinstance(tensor, ir.ExternalTensor) or not lies_in_file(tensor):
-            return tensor
-        data = self._files[self._names[tensor.path]]
-        offset = tensor.offset or 0
-        array: Array = data[offset : offset + tensor.nbytes].view(tensor.dtype.numpy()).reshape(dims(tensor))
-        return ir.Tensor(array if array.flags.aligned else array.copy(), dtype=tensor.dtype, name=tensor.name)
+
+def _check_named(path: Path, model: ir.Model, files: set[str]) -> None:
+    """Every data file of the graph is one that the manifest vouches for."""
+    for tensor in (value.const_value for value in initializers(model)):
+        for file in files_of(tensor) if tensor is not None else ():
+            if os.path.realpath(file) not in files:
+                raise InputError(
+                    f"{path}: the graph's weights lie in {file}, which the manifest does not name.",
+                    hint="Restore the manifest, or attach the adapters again.",
+                )
 
 
 def _bytes_of(tensor: ir.TensorProtocol) -> Array:
     """A tensor computed, as bytes."""
+    if tensor.dtype.bitwidth < 8:
+        return np.frombuffer(tensor.tobytes(), np.uint8)
     array: Array = np.ascontiguousarray(tensor.numpy()).reshape(-1).view(np.uint8)
     return array
 
 
-def _reference(tensor: ir.TensorProtocol, location: str, offset: int) -> ir.ExternalTensor:
+def _reference(value: ir.Value, tensor: ir.TensorProtocol, location: str, offset: int) -> ir.ExternalTensor:
     shape = ir.Shape(dims(tensor))
-    return ir.ExternalTensor(location, offset, tensor.nbytes, tensor.dtype, shape=shape, name=str(tensor.name))
+    return ir.ExternalTensor(location, offset, tensor.nbytes, tensor.dtype, shape=shape, name=str(value.name))

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 import onnx_ir as ir
 
 from loracc.errors import InputError
-from loracc.folded import Binding, FoldedTensor, annotate
+from loracc.folded import Binding, annotate
 from loracc.passes.fold import FoldPass
+from loracc.passes.link_biases import LinkBiases
 from loracc.passes.unshare import UnsharePass
 from loracc.sites import SiteTable
 from loracc.tensors import dims
@@ -25,6 +26,7 @@ def variant_graph(base: ir.Model, sites: SiteTable, bindings: Sequence[Binding])
     annotate(graph, bindings)
     UnsharePass(sites)(graph)
     FoldPass()(graph)
+    LinkBiases()(graph)
     return graph
 
 
@@ -61,8 +63,3 @@ def _problem(initializers: Mapping[str, ir.Value], binding: Binding) -> str:
     shape, expected = layout.canonical_shape(stored), binding.delta.shape
     fits = len(shape) == len(expected) and all(n is None or n == m for n, m in zip(expected, shape, strict=True))
     return "" if fits else f"{site.name}: a delta for the shape {list(expected)}, the weight has {list(shape)}"
-
-
-def changed_initializers(graph: ir.Model) -> list[str]:
-    """Names of the initializers that a variant changes, in the graph's order."""
-    return [name for name, value in graph.graph.initializers.items() if isinstance(value.const_value, FoldedTensor)]

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loracc.errors import InputError
+from loracc.passes.encode_weights import encoded
 from loracc.runtime.digests import digest_file
 from loracc.runtime.manifest import BASE, Manifest, contained, manifest_path, read_manifest, variants_folder
 from loracc.sources.onnx_model import read_graph
@@ -182,7 +183,7 @@ def _written(request: AttachRequest) -> BaseModel:
 
 def _described(graph: Path) -> Manifest:
     """The manifest of what was written, without its variants."""
-    tensors = [value.const_value for value in initializers(read_graph(graph))]
+    tensors = [value.const_value for value in initializers(encoded(read_graph(graph)))]
     data = dict.fromkeys(file for tensor in tensors if tensor is not None for file in files_of(tensor))
     folder = Path(os.path.realpath(graph.parent))
     weights = [digest_file(Path(file), Path(file).relative_to(folder).as_posix()) for file in data]
