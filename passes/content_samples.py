@@ -19,7 +19,7 @@ import onnx_ir as ir
 from loracc.dtypes import Array, unit_roundoff
 from loracc.encodings.decoded import DecodedTensor
 from loracc.errors import InputError
-from loracc.tensors import PermutedTensor, dims, lies_in_file
+from loracc.tensors import PermutedTensor, TiledTensor, dims, lies_in_file, read_rows
 
 __all__ = ["SAMPLES", "Elements", "Matrix", "agree", "sample_positions", "step_of"]
 
@@ -109,7 +109,10 @@ class Elements:
             self._perm, tensor = tensor.perm, tensor.base
         self.dtype, self.step = tensor.dtype, step_of(tensor)
         self._tensor, self._file, self._array = tensor, -1, None
-        if isinstance(tensor, ir.ExternalTensor) and lies_in_file(tensor):
+        self._exact: TiledTensor | None = None
+        if isinstance(tensor, DecodedTensor) and len(self._shape) == 2:
+            self._exact, self._turned = tensor.exact(), tensor.turned
+        elif isinstance(tensor, ir.ExternalTensor) and lies_in_file(tensor):
             self._file = os.open(tensor.path, os.O_RDONLY)
         else:
             self._array = np.asarray(tensor.numpy())
@@ -120,7 +123,7 @@ class Elements:
     def __exit__(self, kind: type[BaseException] | None, value: object, trace: TracebackType | None) -> None:
         if self._file >= 0:
             os.close(self._file)
-        self._file, self._array = -1, None
+        self._file, self._array, self._exact = -1, None, None
 
     def at(self, flat: Array) -> Array:
         """The elements at these positions of the flattened tensor, as float64.
@@ -132,9 +135,17 @@ class Elements:
         if self._perm:
             axes = sorted(range(len(self._perm)), key=self._perm.__getitem__)
             index = tuple(index[axis] for axis in axes)
+        if self._exact is not None:
+            return self._decode(self._exact, index[::-1] if self._turned else index)
         if self._array is not None:
             return np.asarray(self._array[index]).astype(np.float64)
         return self._read(np.ravel_multi_index(index, dims(self._tensor)))
+
+    @staticmethod
+    def _decode(exact: TiledTensor, index: tuple[Array, ...]) -> Array:
+        """Codes are decoded a row at a time: what they mean lies in another tensor."""
+        rows, columns = index
+        return np.array([read_rows(exact, int(i), int(i) + 1)[0, j] for i, j in zip(rows, columns, strict=True)])
 
     def _read(self, flat: Array) -> Array:
         dtype = self._tensor.dtype.numpy()
