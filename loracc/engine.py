@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loracc.errors import InputError
+from loracc.errors import CheckFailed, InputError
 
 if TYPE_CHECKING:
     from loracc.adapter import Adapter
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 __all__ = ["EngineResult", "build_trt", "check_engine_name", "load_onnx", "whole_weights"]
 
 Path_ = str | Path
+#: An order among three fused products is met within a few builds: there are six.
+_MOST_BUILDS = 12
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ class EngineResult:
         bytes: Size of the plan.
         sites: Names of the weights that were folded.
         manifest: What the manifest says, without its table of weights.
+        builds: How often it was built until it was like another.
     """
 
     output: str
@@ -39,6 +42,7 @@ class EngineResult:
     bytes: int
     sites: list[str]
     manifest: dict[str, Any]
+    builds: int = 1
 
     def to_json(self) -> dict[str, Any]:
         """For ``--json``."""
@@ -59,6 +63,7 @@ def build_trt(
     strip: bool = False,
     refittable: str = "none",
     timing_cache: Path_ | None = None,
+    like: Path_ | None = None,
     original: Path_ | None = None,
     maps: Sequence[str] = (),
     force: bool = False,
@@ -79,11 +84,14 @@ def build_trt(
         strip: Leave the weights out of the plan.
         refittable: "none", "adapter" (the folded weights) or "all".
         timing_cache: Read if it is there, and written: the same tactics for the next build.
+        like: An engine of the base. The builder numbers the tensors of fused products in an order that may change from
+            build to build; it is repeated until every byte outside the weights is as in this engine.
         original, maps, options: As for :func:`loracc.fold`.
         force: Replace the output.
 
     Raises:
         LoraccError: The input or the call is wrong, or TensorRT builds nothing, with its own last messages.
+        CheckFailed: No build was ``like`` the other engine.
     """
     from loracc.binding import read_adapters
     from loracc.devices import gpu_name
@@ -96,7 +104,9 @@ def build_trt(
 
     path = check_engine_name(output)
     specs = [parse_adapter_spec(str(adapter)) for adapter in adapters]
-    inputs = [Path(model), *(Path(spec.path) for spec in specs)]
+    inputs = [Path(model), *(Path(spec.path) for spec in specs), *([Path(like)] if like is not None else [])]
+    if like is not None and not Path(like).is_file():
+        raise InputError(f"--like {like}: no such file.", hint="Name an engine of the base, built with these options.")
     cache = _read_cache(timing_cache, [*inputs, path])
     with Staging(path, inputs=inputs, force=force, companions=(manifest_name(path),)) as stage:
         trt = load_flavor(flavor)
@@ -113,25 +123,44 @@ def build_trt(
             cache,
         )
         shapes = parse_profiles(profiles, lowered.ir.graph.inputs)
-        plan = build_plan(trt, lowered.ir, shapes, told)
-        stage.path.write_bytes(plan.data)
-        manifest = describe(
-            plan.data,
-            lowered.ir,
-            flavor=trt.flavor,
-            version=trt.version,
-            gpu=gpu_name(),
-            model=Path(model).name,
-            adapters=_described(read),
-            sites=[binding.site.name for binding in bindings],
-            profiles=shapes,
-            options={key: value for key, value in vars(told).items() if key != "timing_cache"},
-        )
-        manifest.write(stage.path.with_name(manifest_name(path)))
+        said: dict[str, Any] = {
+            "flavor": trt.flavor,
+            "version": trt.version,
+            "gpu": gpu_name(),
+            "model": Path(model).name,
+            "adapters": _described(read),
+            "sites": [binding.site.name for binding in bindings],
+            "profiles": shapes,
+            "options": {key: value for key, value in vars(told).items() if key != "timing_cache"},
+        }
+        for builds in range(1, _MOST_BUILDS + 1):
+            plan = build_plan(trt, lowered.ir, shapes, told)
+            stage.path.write_bytes(plan.data)
+            manifest = describe(plan.data, lowered.ir, **said)
+            manifest.write(stage.path.with_name(manifest_name(path)))
+            if like is None or _is_like(Path(like), stage.path, last=builds == _MOST_BUILDS):
+                break
     if timing_cache is not None:
         Path(timing_cache).write_bytes(plan.timing_cache)
-    said = replace(manifest, weights={}).to_json()
-    return EngineResult(str(path), stage.files, trt.flavor, trt.version, len(plan.data), list(manifest.sites), said)
+    table = replace(manifest, weights={}).to_json()
+    sites = list(manifest.sites)
+    return EngineResult(str(path), stage.files, trt.flavor, trt.version, len(plan.data), sites, table, builds)
+
+
+def _is_like(other: Path, built: Path, *, last: bool) -> bool:
+    """Whether two plans are equal outside their weights; raises where another build cannot or did not help."""
+    from loracc.verify_plans import compare_plans
+
+    found = compare_plans(other, built)
+    if found.verdict == "pass":
+        return True
+    if found.verdict == "fail" and found.outside is not None and not last:
+        return False
+    tries = f" in {_MOST_BUILDS} builds" if last else ""
+    raise CheckFailed(
+        f"--like {other}: the engine is not like it{tries}: {found.reason}.",
+        verification={"verdict": found.verdict, "structure": {"verdict": found.verdict, "reason": found.reason}},
+    )
 
 
 def check_engine_name(output: Path_) -> Path:

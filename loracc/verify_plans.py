@@ -19,12 +19,17 @@ import numpy as np
 from loracc.dtypes import Array
 from loracc.errors import InputError
 from loracc.targets.tensorrt_manifest import PLANS, Manifest, read_manifest
+from loracc.targets.tensorrt_places import Place
 from loracc.verdict import EndToEnd, Latency, Numbers, Structure, Verdict, Verification, Weights
 
 __all__ = ["PlanDifference", "are_plans", "compare_plans", "verify_plans"]
 
 _SHOWN = 8
 _DIGESTS = "two plans' weights are compared by digest; verify the ONNX files for numbers"
+_NUMBERING = (
+    "the builder may number the tensors of fused products in another order from one build to the next: build-trt --like "
+    "BASE.engine repeats the build until it has the base's"
+)
 _NOT_RUN = "the engines are not run: verify the ONNX files that they were built from"
 
 
@@ -124,17 +129,17 @@ def compare_plans(base: Path, out: Path) -> PlanDifference:
         return _explained(manifests, changed, sizes)
     arrays = [np.frombuffer(plan, np.uint8) for plan in plans]
     differ = arrays[0] != arrays[1]
-    total = int(np.count_nonzero(differ))
-    inside, lost = _inside(manifests, arrays, differ, changed)
-    found = PlanDifference("pass", "", changed, total - inside, inside, sizes)
-    if total == inside:
+    left, lost = _outside(manifests, arrays, differ, changed)
+    outside = int(np.count_nonzero(left))
+    found = PlanDifference("pass", "", changed, outside, int(np.count_nonzero(differ)) - outside, sizes)
+    if not outside:
         return found
     notes = (f"not stored in the plans as they are: {_some(lost)}",) if lost else ()
-    what = f"{total - inside:,} bytes differ outside the weights"
+    what = f"{outside:,} bytes differ outside the weights"
     if lost:
         reason = f"{what}, and {len(lost)} changed weights could not be located in the plans, which may be why"
         return _with(found, "inconclusive", reason, notes)
-    return _with(found, "fail", f"{what}, the first at {_first_outside(differ, manifests[0]):,}", notes)
+    return _with(found, "fail", f"{what}, the first at {int(np.argmax(left)):,}", (_NUMBERING,))
 
 
 def _with(found: PlanDifference, verdict: Verdict, reason: str, notes: tuple[str, ...]) -> PlanDifference:
@@ -185,35 +190,28 @@ def _equal_on_one_side(manifests: tuple[Manifest, Manifest]) -> Iterator[tuple[t
                 yield tuple(names), side
 
 
-def _inside(
+def _outside(
     manifests: tuple[Manifest, Manifest], plans: list[Array], differ: Array, changed: tuple[str, ...]
-) -> tuple[int, list[str]]:
-    """(differing bytes inside changed weights that lie at one place in both plans, the changed weights that do not)."""
-    counted = np.zeros(differ.size, bool)
-    lost = []
+) -> tuple[Array, list[str]]:
+    """(the bytes that differ outside the changed weights, the changed weights that lie at no one place in both plans)."""
+    left, lost = differ.copy(), []
     for name in changed:
-        at = manifests[0].weights[name].at
-        if at is None or at != manifests[1].weights[name].at or not _holds(manifests, plans, name, at):
+        place = manifests[0].weights[name].place
+        view = place.view(left) if place is not None and place == manifests[1].weights[name].place else None
+        if place is None or view is None or not _holds(manifests, plans, name, place):
             lost.append(name)
-            continue
-        counted[at : at + manifests[0].weights[name].nbytes] = True
-    return int(np.count_nonzero(differ & counted)), lost
+        else:
+            view[...] = False
+    return left, lost
 
 
-def _holds(manifests: tuple[Manifest, Manifest], plans: list[Array], name: str, at: int) -> bool:
+def _holds(manifests: tuple[Manifest, Manifest], plans: list[Array], name: str, place: Place) -> bool:
     """Whether both plans have at that place what their manifests say."""
-    return all(
-        hashlib.sha256(plan[at : at + manifest.weights[name].nbytes].data).hexdigest() == manifest.weights[name].sha256
-        for manifest, plan in zip(manifests, plans, strict=True)
-    )
-
-
-def _first_outside(differ: Array, manifest: Manifest) -> int:
-    spans = [(weight.at, weight.at + weight.nbytes) for weight in manifest.weights.values() if weight.at is not None]
-    left = differ.copy()
-    for start, stop in spans:
-        left[start:stop] = False
-    return int(np.argmax(left))
+    for manifest, plan in zip(manifests, plans, strict=True):
+        view = place.view(plan)
+        if view is None or hashlib.sha256(view.tobytes()).hexdigest() != manifest.weights[name].sha256:
+            return False
+    return True
 
 
 def _facts(found: PlanDifference) -> str:

@@ -3,8 +3,8 @@
 A plan runs code when it is loaded, so its digest is what a loader checks first: :func:`read_manifest` refuses a plan
 that has no manifest or is not the one described. That tells a foreign or damaged file apart; it is no signature.
 
-The builder stores most weights as they are. Where one lies in the plan, byte for byte, the manifest has its offset
-(``at``), which anyone can check against its ``sha256``; comparing two plans outside their weights needs no more.
+The builder stores most weights as they are. Where one lies in the plan, byte for byte, the manifest has its place,
+which anyone can check against its ``sha256``; comparing two plans outside their weights needs no more.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import onnx_ir as ir
 
 from loracc.errors import InputError
 from loracc.targets.onnx_file import graph_bytes, initializers
-from loracc.targets.tensorrt_places import find_places
+from loracc.targets.tensorrt_places import Place, find_places
 from loracc.tensors import dims
 
 __all__ = [
@@ -49,14 +49,14 @@ class WeightPlace:
         shape: Its shape.
         sha256: Of its bytes.
         nbytes: How many.
-        at: Offset in the plan; None where it is not stored as it is, or is too small to tell.
+        place: Where it lies in the plan; None where it is not stored as it is, or is too small to tell.
     """
 
     dtype: str
     shape: Sequence[int]
     sha256: str
     nbytes: int
-    at: int | None
+    place: Place | None
 
 
 @dataclass(frozen=True)
@@ -164,8 +164,8 @@ def replaced_weights(manifest: Manifest, plan: bytes, tensors: Mapping[str, ir.T
 
 def _places(plan: bytes, tensors: Mapping[str, ir.TensorProtocol]) -> dict[str, WeightPlace]:
     return {
-        name: WeightPlace(tensor.dtype.name, dims(tensor), digest, int(tensor.nbytes), at)
-        for name, (tensor, digest, at) in find_places(plan, tensors).items()
+        name: WeightPlace(tensor.dtype.name, dims(tensor), digest, int(tensor.nbytes), place)
+        for name, (tensor, digest, place) in find_places(plan, tensors).items()
     }
 
 
@@ -181,6 +181,10 @@ def input_graph(manifest: Manifest) -> ir.Model:
         for said in manifest.inputs
     ]
     return ir.Model(ir.Graph(inputs, [], nodes=[], opset_imports={"": 18}), ir_version=10)
+
+
+def _weight(place: dict[str, int] | None, **said: Any) -> WeightPlace:
+    return WeightPlace(place=Place(**place) if place is not None else None, **said)
 
 
 def read_manifest(engine: Path, plan: bytes) -> Manifest:
@@ -200,7 +204,7 @@ def read_manifest(engine: Path, plan: bytes) -> Manifest:
         body = json.loads(path.read_text(encoding="utf-8"))
         if body.pop("format") != _FORMAT:
             raise ValueError("another format")
-        weights = {name: WeightPlace(**place) for name, place in body.pop("weights").items()}
+        weights = {name: _weight(**said) for name, said in body.pop("weights").items()}
         manifest = Manifest(**body, weights=weights)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: not a manifest that this loracc wrote: {error}.", hint="Build it again.") from error

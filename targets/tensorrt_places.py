@@ -1,20 +1,24 @@
 """Where the weights lie in a plan: looked for, and compared byte for byte where they seem to be.
 
-The builder writes a weight that needs no repacking as it is, at a multiple of 8 bytes. So one pass over the plan looks
-at every eighth byte for eight bytes of each weight, and only those places are compared whole.
+The builder writes a weight that needs no repacking as it is, at a multiple of 8 bytes. Products with the same input
+(query, key and value) it fuses: their weights lie side by side, row after row of each. So a weight is looked for whole,
+then by its rows at one distance. One pass over the plan looks at every eighth byte for eight bytes of each weight, and
+only those places are compared whole.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
 
 from loracc.dtypes import Array
+from loracc.tensors import dims
 
-__all__ = ["find_places"]
+__all__ = ["Place", "find_places"]
 
 _GRID = 8
 #: Below this many bytes a match may be chance.
@@ -24,39 +28,92 @@ _CHUNK = 1 << 22
 _LOW = np.uint64((1 << 20) - 1)
 
 
+@dataclass(frozen=True)
+class Place:
+    """Bytes of a plan: ``rows`` runs of ``run`` bytes, ``stride`` bytes apart, from ``at`` on."""
+
+    at: int
+    rows: int
+    run: int
+    stride: int
+
+    def view(self, plan: Array) -> Array | None:
+        """These bytes of an array of bytes (or of flags for bytes) as ``[rows, run]``; None where they do not fit."""
+        end = self.at + (self.rows - 1) * self.stride + self.run
+        if self.at < 0 or self.rows < 1 or self.stride < self.run or self.run < 1 or end > plan.size:
+            return None
+        return np.lib.stride_tricks.as_strided(plan[self.at : end], (self.rows, self.run), (self.stride, 1))
+
+
 def find_places(
     plan: bytes, tensors: Mapping[str, ir.TensorProtocol]
-) -> dict[str, tuple[ir.TensorProtocol, str, int | None]]:
-    """Each tensor with the sha256 of its bytes and its offset in the plan; None where it is not there as it is.
+) -> dict[str, tuple[ir.TensorProtocol, str, Place | None]]:
+    """Each tensor with the sha256 of its bytes and its place in the plan; None where it is not there as it is.
 
     Args:
         plan: The serialized engine.
         tensors: By name; each is read once.
     """
-    wanted: dict[int, list[tuple[str, int, Array]]] = {}
-    digests: dict[str, str] = {}
-    found: dict[str, int] = {}
-    for name, tensor in tensors.items():
-        data = _bytes(tensor)
-        digests[name] = hashlib.sha256(data.data).hexdigest()
-        if data.size >= _SMALLEST:
-            offset = _telling(data)
-            key = int(data[offset : offset + 8].view(np.uint64)[0])
-            wanted.setdefault(key, []).append((name, offset, data))
     whole = np.frombuffer(plan, np.uint8)
+    data = {name: _bytes(tensor) for name, tensor in tensors.items()}
+    found: dict[str, Place] = {}
+
+    def contiguous(name: str, at: int) -> None:
+        place = Place(at, 1, data[name].size, data[name].size)
+        if name not in found and _same(place.view(whole), data[name]):
+            found[name] = place
+
+    _scan(whole, {name: array for name, array in data.items() if array.size >= _SMALLEST}, contiguous)
+    rows = {name: _rows(tensors[name], data[name]) for name in data if name not in found}
+    _find_rows(whole, {name: array for name, array in rows.items() if array is not None}, found)
+    return {name: (tensor, _digest(data[name]), found.get(name)) for name, tensor in tensors.items()}
+
+
+def _find_rows(whole: Array, rows: Mapping[str, Array], found: dict[str, Place]) -> None:
+    """Weights whose rows lie at one distance: told by the first two."""
+    firsts: dict[str, list[int]] = {name: [] for name in rows}
+    seconds: dict[str, list[int]] = {name: [] for name in rows}
+    _scan(whole, {name: array[0] for name, array in rows.items()}, lambda name, at: firsts[name].append(at))
+    _scan(whole, {name: array[1] for name, array in rows.items()}, lambda name, at: seconds[name].append(at))
+    for name, array in rows.items():
+        for at in firsts[name]:
+            second = next((other for other in sorted(seconds[name]) if other >= at + array.shape[1]), None)
+            if second is None or name in found:
+                continue
+            place = Place(at, len(array), array.shape[1], second - at)
+            if _same(place.view(whole), array):
+                found[name] = place
+
+
+def _scan(whole: Array, wanted: Mapping[str, Array], tell: Callable[[str, int], None]) -> None:
+    """Tell of every place where eight telling bytes of an array are; most are where all of it is."""
+    keys: dict[int, list[tuple[str, int]]] = {}
+    for name, array in wanted.items():
+        offset = _telling(array)
+        keys.setdefault(int(array[offset : offset + _GRID].view(np.uint64)[0]), []).append((name, offset))
     grid = whole[: whole.size // _GRID * _GRID].view(np.uint64)
-    keys = np.array(sorted(wanted), np.uint64)
+    known = np.array(sorted(keys), np.uint64)
     likely = np.zeros(int(_LOW) + 1, bool)  # by the low bits, which are the mantissa's of some element
-    likely[keys & _LOW] = True
+    likely[known & _LOW] = True
     for start in range(0, grid.size, _CHUNK):
         part = grid[start : start + _CHUNK]
         maybe = np.flatnonzero(likely[part & _LOW])
-        for index in maybe[np.isin(part[maybe], keys)]:
-            for name, offset, data in wanted[int(part[index])]:
-                at = (start + int(index)) * _GRID - offset
-                if name not in found and at >= 0 and np.array_equal(whole[at : at + data.size], data):
-                    found[name] = at
-    return {name: (tensor, digests[name], found.get(name)) for name, tensor in tensors.items()}
+        for index in maybe[np.isin(part[maybe], known)]:
+            for name, offset in keys[int(part[index])]:
+                tell(name, (start + int(index)) * _GRID - offset)
+
+
+def _same(view: Array | None, data: Array) -> bool:
+    return view is not None and bool(np.array_equal(view.reshape(-1) if data.ndim == 1 else view, data))
+
+
+def _rows(tensor: ir.TensorProtocol, data: Array) -> Array | None:
+    """The tensor's bytes as ``[rows, bytes of a row]``; None where its rows cannot be told."""
+    shape = dims(tensor)
+    if len(shape) < 2 or tensor.dtype.bitwidth < 8:
+        return None
+    run = int(shape[-1]) * int(tensor.dtype.itemsize)
+    return data.reshape(-1, run) if run >= _SMALLEST and data.size >= 2 * run else None
 
 
 def _bytes(tensor: ir.TensorProtocol) -> Array:
@@ -66,10 +123,13 @@ def _bytes(tensor: ir.TensorProtocol) -> Array:
     return np.ascontiguousarray(tensor.numpy()).reshape(-1).view(np.uint8)
 
 
+def _digest(data: Array) -> str:
+    return hashlib.sha256(data.data).hexdigest()
+
+
 def _telling(data: Array) -> int:
     """A multiple of the grid where the data is not what is found everywhere: no zeros, not eight times the same."""
     words = data[: data.size // _GRID * _GRID].view(np.uint64)
-    sampled = words[: 1 << 16]
-    values, first, counts = np.unique(sampled, return_index=True, return_counts=True)
+    values, first, counts = np.unique(words[: 1 << 16], return_index=True, return_counts=True)
     order = np.lexsort((first, counts, values == 0))
     return int(first[order[0]]) * _GRID

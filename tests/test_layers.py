@@ -28,7 +28,7 @@ LAYERS = (
     ("lower", "job", "packed_factors"),
     ("content",),
     ("binding", "fold_result", "save_raised", "combine", "recorded"),
-    ("pipeline", "engine", "refit.*", "runtime.*", "benching", "unfolding", "convert", "extract", "switching.*"),
+    ("pipeline", "engine", "refit.*", "triton_.*", "runtime.*", "benching", "unfolding", "convert", "extract", "switching.*"),
     ("commands.*",),
     ("cli",),
     ("__init__", "__main__"),

@@ -111,7 +111,7 @@ def test_a_lying_offset_is_found(here: Path, capsys: pytest.CaptureFixture[str])
     build("base.onnx", "--adapter", "adapter", "-o", "out.engine", *PROFILE)
     for name in ("base", "out"):
         manifest = json.loads(Path(f"{name}.engine.json").read_text())
-        manifest["weights"]["fc.weight"]["at"] -= 8
+        manifest["weights"]["fc.weight"]["place"]["at"] -= 8
         Path(f"{name}.engine.json").write_text(json.dumps(manifest))
     code, structure = verdict(capsys, "base.engine", "out.engine")
     assert (code, structure["verdict"]) == (1, "inconclusive")

@@ -15,6 +15,7 @@ _EPILOG = """\b
 Examples:
   loracc build-trt out.onnx -o out.engine --profile input_ids:1x1:1x128:8x512 --profile attention_mask:1x1:1x128:8x512
   loracc build-trt base.onnx --adapter adapter/ -o out.engine --flavor rtx --profile x:1x8:4x8:16x8
+  loracc build-trt base.onnx --adapter adapter/ -o out.engine --like base.engine       comparable byte for byte
 
 \b
 --flavor rtx (TensorRT for RTX) builds on a machine without a GPU; refittable and stripped engines need one."""
@@ -39,6 +40,9 @@ Examples:
     default="none",
     show_default=True,
     help="Which weights can be refitted.",
+)
+@click.option(
+    "--like", metavar="ENGINE", type=click.Path(), help="Build again until all but the weights is as in this engine."
 )
 @click.option("--version-compatible", is_flag=True, help="The engine runs with later minor versions.")
 @click.option("--force", is_flag=True, help="Replace OUT if it exists.")
