@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 __all__ = ["EngineResult", "build_trt", "check_engine_name", "load_onnx", "whole_weights"]
 
 Path_ = str | Path
-#: An order among three fused products is met within a few builds: there are six.
-_MOST_BUILDS = 12
+#: Of 24 pairs of builds of MiniLM one had needed 11 builds until both had one order.
+_MOST_BUILDS = 24
 
 
 @dataclass(frozen=True)

@@ -111,6 +111,8 @@ def _is_empty(path: Path) -> bool:
 
 def _check_model_folder(folder: Path) -> None:
     names = os.listdir(folder)
+    if any((folder / name / "config.pbtxt").is_file() for name in names):  # a model repository
+        return
     if names and not any(
         name == "config.json" or name.endswith((".safetensors", ".safetensors.index.json")) for name in names
     ):

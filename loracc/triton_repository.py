@@ -7,10 +7,10 @@
       style/config.pbtxt   style/1/model.onnx   style/1/model.onnx.data
 
 Every entry is whole. ONNX Runtime reads external data only from the folder of the model or below it, and a version's
-folder holds one model; symbolic links that lead out are refused, and a file with a second hard link is refused by onnx's
-own reader. What can be shared is blocks on the disk: weights lie at multiples of a page in every data file and are
-copied by the kernel, so that a file system with shared extents (Btrfs, XFS) keeps the base's unchanged ones once. Whole
-entries can be pushed to an object store one by one, too.
+folder holds one model; symbolic links that lead out are refused, and a file with a second hard link is refused by
+onnx's own reader. What can be shared is blocks on the disk: weights lie at multiples of a page in every data file and
+are copied by the kernel, so that a file system with shared extents (Btrfs, XFS) keeps the base's unchanged ones once.
+Whole entries can be pushed to an object store one by one, too.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from loracc.model import BaseModel
     from loracc.verdict import Verification
 
-__all__ = ["rows_are_independent", "write_repository"]
+__all__ = ["repository_files", "rows_are_independent", "write_repository"]
 
 BASE = "base"
 VERSION = "1"
@@ -50,6 +50,7 @@ def write_repository(
     *,
     described: Mapping[str, str],
     inputs: Sequence[Path] = (),
+    dtype: ir.DataType | None = None,
     verify: bool = True,
     force: bool = False,
 ) -> FoldResult:
@@ -62,8 +63,9 @@ def write_repository(
         settings: See there.
         described: Name -> what it was made of.
         inputs: Files that were read, which the output may not replace.
-        verify: Prove every variant before anything is moved into place (ONNX Runtime entries; an engine is compared with
-            the base's by ``loracc verify``).
+        dtype: What weights are written in; the base's own when None.
+        verify: Prove every variant before anything is moved into place: an ONNX file's numbers and graph. (Engines are
+            built until their bytes outside the weights are the base's.)
         force: Replace a repository that is there.
 
     Raises:
@@ -72,6 +74,9 @@ def write_repository(
     """
     from loracc.facts import site_facts
     from loracc.lower import folded_tensors
+    from loracc.model import LoadOptions
+    from loracc.runtime.prove_variants import prove_base
+    from loracc.sources import load_model
     from loracc.staging import Staging
 
     _check_names(variants)
@@ -81,7 +86,7 @@ def write_repository(
     verdicts: list[Verification] = []
     with Staging(output, inputs=inputs, force=force, folder=True) as stage:
         for name, bindings in {BASE: [], **variants}.items():
-            lowered = _lowered(base, bindings)
+            lowered = _lowered(base, bindings, dtype)
             rows += [facts.to_json() for facts in site_facts(folded_tensors(lowered.ir))]
             folder = stage.path / name / VERSION
             folder.mkdir(parents=True)
@@ -90,15 +95,25 @@ def write_repository(
                 name, lowered.ir, settings, batched=batched, made_of=described.get(name, "the base model")
             )
             (folder.parent / "config.pbtxt").write_text(config, encoding="utf-8")
-            if verify and bindings and settings.backend == "onnxruntime":
-                verdicts.append(_judged(name, base, folder / settings.file, bindings))
+            if verify and settings.backend == "onnxruntime":
+                made = folder / settings.file
+                if bindings:
+                    verdicts.append(_judged(name, base, made, bindings))
+                else:
+                    prove_base(lowered, load_model(made, LoadOptions()))
         files = sorted(path.relative_to(stage.path).as_posix() for path in stage.path.rglob("*") if path.is_file())
         size = stage.size()
     verification = next((v for v in verdicts if v.verdict != "pass"), verdicts[-1] if verdicts else None)
     return FoldResult(str(output), files, rows, [], verification, notes, bytes=size)
 
 
-_NOT_BATCHED = "the first axes of the inputs and outputs are not one batch axis whose rows are independent: the server batches nothing"
+def repository_files(variants: Mapping[str, object], settings: TritonSettings) -> list[str]:
+    """What would be written, data files aside."""
+    _check_names(variants)
+    return [f"{name}/{file}" for name in (BASE, *variants) for file in ("config.pbtxt", f"{VERSION}/{settings.file}")]
+
+
+_NOT_BATCHED = "the first axes are not one batch axis whose rows are independent: the server batches nothing"
 
 
 def rows_are_independent(model: ir.Model) -> bool:
@@ -143,16 +158,14 @@ def _check_names(variants: Mapping[str, object]) -> None:
             )
 
 
-def _lowered(base: BaseModel, bindings: Sequence[Binding]) -> BaseModel:
+def _lowered(base: BaseModel, bindings: Sequence[Binding], dtype: ir.DataType | None) -> BaseModel:
     from loracc.folded import annotate, clear_bindings
     from loracc.lower import lower
 
+    for value in base.ir.graph.initializers.values():
+        clear_bindings(value)  # of another variant
     annotate(base.ir, bindings)
-    try:
-        return lower(base)
-    finally:
-        for value in base.ir.graph.initializers.values():
-            clear_bindings(value)
+    return lower(base, dtype)
 
 
 def _write_model(model: BaseModel, path: Path, settings: TritonSettings) -> None:
@@ -163,14 +176,16 @@ def _write_model(model: BaseModel, path: Path, settings: TritonSettings) -> None
         return
     from loracc.engine import build_trt
 
-    with tempfile.TemporaryDirectory(prefix="loracc-", dir=path.parents[2]) as folder:
+    first = path.parents[2] / BASE / VERSION / settings.file
+    with tempfile.TemporaryDirectory(prefix="loracc-") as folder:
         graph = Path(folder, "model.onnx")
         write_onnx(model.ir, graph)
-        build_trt(graph, (), path, flavor=settings.flavor, profiles=settings.profiles)
+        like = first if first.is_file() else None
+        build_trt(graph, (), path, flavor=settings.flavor, profiles=settings.profiles, like=like)
 
 
 def _judged(name: str, base: BaseModel, path: Path, bindings: Sequence[Binding]) -> Verification:
-    from loracc.verify import verify
+    from loracc.verification import verify
 
     result = verify(base, path, bindings)
     if result.verdict == "fail":

@@ -27,8 +27,8 @@ __all__ = ["PlanDifference", "are_plans", "compare_plans", "verify_plans"]
 _SHOWN = 8
 _DIGESTS = "two plans' weights are compared by digest; verify the ONNX files for numbers"
 _NUMBERING = (
-    "the builder may number the tensors of fused products in another order from one build to the next: build-trt --like "
-    "BASE.engine repeats the build until it has the base's"
+    "the builder may number the tensors of fused products in another order from one build to the next: "
+    "build-trt --like BASE.engine repeats the build until it has the base's"
 )
 _NOT_RUN = "the engines are not run: verify the ONNX files that they were built from"
 
@@ -193,7 +193,7 @@ def _equal_on_one_side(manifests: tuple[Manifest, Manifest]) -> Iterator[tuple[t
 def _outside(
     manifests: tuple[Manifest, Manifest], plans: list[Array], differ: Array, changed: tuple[str, ...]
 ) -> tuple[Array, list[str]]:
-    """(the bytes that differ outside the changed weights, the changed weights that lie at no one place in both plans)."""
+    """(the bytes that differ outside the changed weights, the changed weights that lie at no one place in both)."""
     left, lost = differ.copy(), []
     for name in changed:
         place = manifests[0].weights[name].place

@@ -16,6 +16,7 @@ _EPILOG = """\b
 Examples:
   loracc attach base.onnx adapter/ -o out.onnx          out.onnx, and adapter.onnx_adapter beside it
   loracc attach hf_folder/ style=a/ task=b/ -o out.onnx --sum both=style+task@0.5
+  loracc attach base.onnx a/ b/ --as triton -o models/
 
 \b
 Ways of switching (--as):
@@ -25,7 +26,7 @@ Ways of switching (--as):
 @click.command(epilog=_EPILOG + "\n".join(f"  {name:9} {mode.summary}" for name, mode in MODES.items()))
 @click.argument("model", type=click.Path())
 @click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER...")
-@click.option("-o", "--output", required=True, type=click.Path(), help="The .onnx to write; the rest goes beside it.")
+@click.option("-o", "--output", required=True, type=click.Path(), help="The .onnx to write (triton: the folder).")
 @click.option(
     "--as",
     "mode",
@@ -40,6 +41,19 @@ Ways of switching (--as):
     multiple=True,
     metavar="NAME=a+b@0.5",
     help="Of inputs: one more adapter, the exact weighted sum of others. Repeatable.",
+)
+@click.option(
+    "--backend",
+    type=click.Choice(["onnxruntime", "tensorrt"]),
+    help="Of triton: what runs the models (default: onnxruntime).",
+)
+@click.option("--max-batch", type=click.IntRange(1), help="Of triton: the largest batch put together (default: 8).")
+@click.option(
+    "--profile",
+    "profiles",
+    multiple=True,
+    metavar="NAME:MIN:OPT:MAX",
+    help="Of triton with tensorrt: shapes of a dynamic input. Repeatable.",
 )
 @adapter_options
 @base_option

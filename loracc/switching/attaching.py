@@ -27,6 +27,9 @@ def attach(
     sums: Sequence[str] = (),
     slots: int | None = None,
     rank: int | None = None,
+    backend: str | None = None,
+    max_batch: int | None = None,
+    profiles: Sequence[str] = (),
     original: Path_ | None = None,
     maps: Sequence[str] = (),
     allow_unmatched: bool = False,
@@ -44,11 +47,12 @@ def attach(
     Args:
         model: A model file or folder, as for :func:`loracc.fold`.
         adapters: Files or folders, each optionally ``NAME=PATH`` and ``PATH@WEIGHT``; each stays one of its own.
-        output: An ``.onnx`` file; what else the mode writes goes beside it. With "variants", and the graph of a
-            deployment as model and output, the adapters are added to it.
+        output: An ``.onnx`` file; what else the mode writes goes beside it; a folder with "triton". With "variants" and
+            the graph of a deployment as model and output, the adapters are added to it.
         mode: A name of :data:`loracc.switching.modes.MODES`.
         sums: "inputs": further adapters that are exact sums of the given ones, ``NAME=a+b@0.5``.
         slots: "batched": how many places for adapters; as many as adapters when None.
+        backend, max_batch, profiles: "triton": see :class:`loracc.triton_config.TritonSettings`.
         rank: "batched": room in each place; what the adapters need when None.
         original, maps, allow_unmatched, dtype, external, reports, dry_run, force, progress, options: As for
             :func:`loracc.fold`.
@@ -67,7 +71,9 @@ def attach(
     from loracc.switching.request import AttachRequest, Bound
     from loracc.switching.variants import add_variants, adds_to
 
-    _check_call(mode, adapters, output, {"sums": sums, "slots": slots, "rank": rank})
+    given = {"sums": sums, "slots": slots, "rank": rank}
+    given |= {"backend": backend, "max_batch": max_batch, "profiles": profiles}
+    _check_call(mode, adapters, output, given)
     if adds_to(mode, model, output):
         if original is not None:
             raise InputError(f"--base: {model} records what its weights are called.", hint="Leave it out.")
@@ -95,6 +101,9 @@ def attach(
         sums=tuple(sums),
         slots=slots,
         rank=rank,
+        backend=backend,
+        max_batch=max_batch,
+        profiles=tuple(profiles),
         verify=verify,
         force=force,
         dry_run=dry_run,
@@ -112,10 +121,13 @@ def _check_call(mode: str, adapters: Sequence[Path_], output: Path_, given: dict
         raise InputError(
             "no adapter was given.", hint="Name one or more after the model: loracc attach MODEL ADAPTER -o OUT.onnx"
         )
-    if Path(output).suffix.lower() != ".onnx":
+    if MODES[mode].folder:
+        if Path(output).suffix.lower() in (".onnx", ".pt2", ".safetensors"):
+            raise InputError(f"{output}: --as {mode} writes a folder.", hint="Name one with -o.")
+    elif Path(output).suffix.lower() != ".onnx":
         raise InputError(f"{output}: attach writes .onnx files.", hint="Name the output OUT.onnx.")
     for option, value in given.items():
         if value and option not in MODES[mode].options:
             takers = [name for name, known in MODES.items() if option in known.options]
-            name = {"sums": "--sum"}.get(option, f"--{option}")
+            name = {"sums": "--sum", "profiles": "--profile"}.get(option, f"--{option.replace('_', '-')}")
             raise InputError(f"{name} means nothing to --as {mode}.", hint=f"It belongs to --as {', '.join(takers)}.")

@@ -25,11 +25,13 @@ class Mode:
         summary: For the help.
         module: Where its ``make`` is.
         options: Options of ``attach`` that only some modes take and this one does ("sums", "slots", "rank").
+        folder: The output is a folder, and no ``.onnx``.
     """
 
     summary: str
     module: str
     options: frozenset[str] = frozenset()
+    folder: bool = False
 
 
 MODES: dict[str, Mode] = {
@@ -41,6 +43,12 @@ MODES: dict[str, Mode] = {
     "variants": Mode(
         "the base's own graph; weights are folded when an adapter is loaded: any kind, no cost per call",
         "loracc.switching.variants",
+    ),
+    "triton": Mode(
+        "a folder for NVIDIA Triton Inference Server: an entry for the base and one, folded, for each adapter",
+        "loracc.switching.triton",
+        frozenset({"backend", "max_batch", "profiles"}),
+        folder=True,
     ),
 }
 
