@@ -29,7 +29,7 @@ LAYERS = (
     ("content",),
     ("binding", "fold_result", "save_raised", "combine", "recorded"),
     ("pipeline", "engine", "refit.*", "runtime.*", "benching", "unfolding", "convert", "extract"),
-    ("triton_.*", "switching.*"),
+    ("triton.*", "switching.*"),
     ("commands.*",),
     ("cli",),
     ("__init__", "__main__"),
