@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["EngineResult", "build_trt", "check_engine_name", "load_onnx", "whole_weights"]
 
 Path_ = str | Path
-#: Of 24 pairs of builds of MiniLM one had needed 11 builds until both had one order.
+#: MiniLM in float32 (six fused products of three) took 8 and 11 builds to meet the order of another build.
 _MOST_BUILDS = 24
 
 
