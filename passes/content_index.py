@@ -6,7 +6,7 @@ sampled element within each shape. A matrix is known both ways round.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -76,23 +76,27 @@ class ContentIndex:
         if known is None:
             return []
         first = self._sample(elements, view, start, length, slice(0, _FIRST))
-        part = slice(0, _FIRST)
         near = _near(known.samples[:, 0], first[0], elements.step)
-        near = [i for i in near if self._agrees(known, i, first, elements, part)]
-        if not near:
+        near = _agreeing(known, near, first, elements, slice(0, _FIRST))
+        if not near.size:
             return []
         rest = self._sample(elements, view, start, length, slice(_FIRST, None))
-        return [known.candidates[i] for i in near if self._agrees(known, i, rest, elements, slice(_FIRST, None))]
+        return [known.candidates[i] for i in _agreeing(known, near, rest, elements, slice(_FIRST, None))]
 
     @staticmethod
     def _sample(elements: Elements, view: Matrix, start: int, length: int, part: slice) -> Array:
         rows, columns = sample_positions(length, view.shape[1], SAMPLES)
         return elements.at(view.flat(rows[part] + start, columns[part]))
 
-    @staticmethod
-    def _agrees(known: _Class, index: int, sample: Array, elements: Elements, part: slice) -> bool:
-        mine = known.samples[index, part]
-        return bool(agree(mine, sample, known.dtypes[index], elements.dtype, elements.step).all())
+
+def _agreeing(known: _Class, near: Array, sample: Array, elements: Elements, part: slice) -> Array:
+    """Those of the tensors that agree with a sample in some of its elements."""
+    found = np.zeros(len(near), bool)
+    for dtype in {known.dtypes[i] for i in near}:
+        here = np.array([known.dtypes[i] == dtype for i in near])
+        mine = known.samples[near[here], part]
+        found[here] = agree(mine, sample, dtype, elements.dtype, elements.step).all(axis=1)
+    return near[found]
 
 
 def _class(found: list[tuple[Candidate, ir.DataType, Array]]) -> _Class:
@@ -101,14 +105,14 @@ def _class(found: list[tuple[Candidate, ir.DataType, Array]]) -> _Class:
     return _Class(candidates, dtypes, np.stack(samples))
 
 
-def _near(keys: Array, value: float, step: float) -> Sequence[int]:
+def _near(keys: Array, value: float, step: float) -> Array:
     """Positions of the sorted keys that a cast may have made of ``value``, or the other way round."""
     value = _sortable(value)
     slack = max(abs(value) / 64 + 1e-6, step)
     ordered = np.where(np.isfinite(keys), keys, np.inf)
     if not np.isfinite(value) or abs(value) >= 65504:  # what float16 clips
-        return range(len(keys))
-    return range(int(np.searchsorted(ordered, value - slack)), int(np.searchsorted(ordered, value + slack, "right")))
+        return np.arange(len(keys))
+    return np.arange(np.searchsorted(ordered, value - slack), np.searchsorted(ordered, value + slack, "right"))
 
 
 def _sortable(value: float) -> float:

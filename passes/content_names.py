@@ -16,7 +16,7 @@ What is left is ambiguous, and an error for whoever wants to bind it.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -53,75 +53,108 @@ def assign(
         slots: Where the graph has these values.
         settled: What is known from elsewhere.
     """
-    left, free, pairs = list(names), list(slots), []
-    options: dict[int, list[Site]] = {id(slot): _allowed(slot, names, slots, settled) for slot in slots}
-    while found := _certain(left, free, options) or _in_order(left, free, options, settled):
-        pairs += found
-        for name, slot in found:
-            left.remove(name)
-            free = [other for other in free if other is not slot]
-    return pairs, left
+    puzzle = _Puzzle(names, slots, settled)
+    while puzzle.take_certain() or puzzle.take_in_order():
+        pass
+    pairs = [(names[name], slots[slot]) for slot, name in sorted(puzzle.pairs.items())]
+    return pairs, [names[name] for name in sorted(puzzle.left)]
 
 
-def _allowed(slot: Slot, names: Sequence[Site], slots: Sequence[Slot], settled: Settled) -> list[Site]:
-    rules: tuple[Callable[[Site], bool], ...] = (
-        lambda name: bool(slot.scopes) and all(related(name.module, scope) for scope in slot.scopes),
-        lambda name: _partner_module(slot, settled) == name.module,
-    )
-    left = list(names)
-    for rule in rules:
-        left = [name for name in left if rule(name)] or left
-    kinds = {other.kind for other in slots}
-    if slot.kind in ("embedding", "linear") and {"embedding", "linear"} <= kinds:
-        left = [name for name in left if _tied_as(name, names) in (slot.kind, None)]
-    return left
+class _Puzzle:
+    """Names and slots by number; ``options`` holds the names that each free slot may be."""
+
+    def __init__(self, names: Sequence[Site], slots: Sequence[Slot], settled: Settled) -> None:
+        self.names, self.slots, self.settled = names, slots, settled
+        self.left = set(range(len(names)))
+        self.pairs: dict[int, int] = {}
+        allowed = _Allowed(names, slots, settled)
+        self.options = {index: allowed.of(slot) for index, slot in enumerate(slots)}
+
+    def take_certain(self) -> bool:
+        """A slot that only one name fits and that name's only such slot; or, one to one, a name that fits one slot."""
+        alone: dict[int, list[int]] = {}
+        for slot, options in self.options.items():
+            if len(options) == 1:
+                alone.setdefault(next(iter(options)), []).append(slot)
+        found = {slots[0]: name for name, slots in alone.items() if len(slots) == 1}
+        if not found and len(self.left) == len(self.options):
+            fitting: dict[int, list[int]] = {}
+            for slot, options in self.options.items():
+                for name in options:
+                    fitting.setdefault(name, []).append(slot)
+            for name, slots in sorted(fitting.items()):
+                if len(slots) == 1:
+                    found.setdefault(slots[0], name)
+        return self._take(found)
+
+    def take_in_order(self) -> bool:
+        """Rule 5, for the names of one pattern and the slots that only they fit."""
+        patterns: dict[str, set[int]] = {}
+        for name in sorted(self.left):
+            patterns.setdefault(_NUMBER.sub("#", self.names[name].name), set()).add(name)
+        for mine in patterns.values():
+            slots = [slot for slot, options in self.options.items() if options & mine]
+            if len(slots) != len(mine) or any(self.options[slot] - mine for slot in slots):
+                continue
+            if not _rising(self.settled.anchors):
+                return False
+            ordered = sorted(mine, key=lambda name: _numbers(self.names[name].name))
+            places = sorted(slots, key=lambda slot: (self.slots[slot].order, self.slots[slot].place.start))
+            if all(name in self.options[slot] for name, slot in zip(ordered, places, strict=True)):
+                return self._take(dict(zip(places, ordered, strict=True)))
+        return False
+
+    def _take(self, found: Mapping[int, int]) -> bool:
+        self.pairs.update(found)
+        taken = set(found.values())
+        self.left -= taken
+        self.options = {slot: options - taken for slot, options in self.options.items() if slot not in found}
+        return bool(found)
 
 
-def _tied_as(name: Site, names: Sequence[Site]) -> str | None:
-    """Which reader of a tied weight a name is; None where the checkpoint does not say. Of a lone name, the look-up."""
-    if len(names) == 1:
-        return "embedding"
-    told = any(other.kind == "linear" for other in names)
-    return ("linear" if name.kind == "linear" else "embedding") if told else None
+class _Allowed:
+    """Rules 2 to 4: which names a slot may be."""
 
+    def __init__(self, names: Sequence[Site], slots: Sequence[Slot], settled: Settled) -> None:
+        self.names, self.settled = names, settled
+        self.every = set(range(len(names)))
+        self.of_module: dict[str, set[int]] = {}
+        for index, name in enumerate(names):
+            self.of_module.setdefault(name.module, set()).add(index)
+        self.scopes: dict[str, set[int]] = {}
+        self.tied = {"embedding", "linear"} <= {slot.kind for slot in slots}
 
-def _partner_module(slot: Slot, settled: Settled) -> str | None:
-    if slot.partner is None or slot.kind != "bias":
-        return None
-    return settled.modules.get((slot.partner, slot.place.start, slot.place.stop))
+    def of(self, slot: Slot) -> set[int]:
+        left = self.every
+        for scope in slot.scopes:
+            left = left & self._traced_in(scope) or left
+        left = left & self.of_module.get(self._partner_module(slot), set()) or left
+        if self.tied and slot.kind in ("embedding", "linear"):
+            return left & self._tied_as(slot.kind)
+        return left
 
+    def _traced_in(self, scope: str) -> set[int]:
+        if scope not in self.scopes:
+            known = (indices for module, indices in self.of_module.items() if related(module, scope))
+            self.scopes[scope] = set().union(*known)
+        return self.scopes[scope]
 
-def _certain(left: list[Site], free: list[Slot], options: Mapping[int, list[Site]]) -> list[tuple[Site, Slot]]:
-    """A slot that only one name fits and that name's only such slot; or, one to one, a name that fits only one slot."""
-    open_names = {id(slot): [name for name in options[id(slot)] if name in left] for slot in free}
-    for slot in free:
-        alone = open_names[id(slot)]
-        if len(alone) == 1 and sum(found == alone for found in open_names.values()) == 1:
-            return [(alone[0], slot)]
-    for name in left if len(left) == len(free) else ():
-        fitting = [slot for slot in free if name in open_names[id(slot)]]
-        if len(fitting) == 1:
-            return [(name, fitting[0])]
-    return []
+    def _partner_module(self, slot: Slot) -> str:
+        if slot.partner is None or slot.kind != "bias":
+            return ""
+        return self.settled.modules.get((slot.partner, slot.place.start, slot.place.stop), "")
 
+    def _tied_as(self, kind: str) -> set[int]:
+        """Names that may be this reader of a tied weight: a lone one is the look-up's, and a head is told of as linear.
 
-def _in_order(
-    left: list[Site], free: list[Slot], options: Mapping[int, list[Site]], settled: Settled
-) -> list[tuple[Site, Slot]]:
-    """Rule 5, for the names of one pattern and the slots that only they fit."""
-    patterns: dict[str, list[Site]] = {}
-    for name in left:
-        patterns.setdefault(_NUMBER.sub("#", name.name), []).append(name)
-    for names in patterns.values():
-        slots = [slot for slot in free if any(name in options[id(slot)] for name in names)]
-        open_to_others = any(n in left and n not in names for slot in slots for n in options[id(slot)])
-        if len(slots) != len(names) or open_to_others or not _rising(settled.anchors):
-            continue
-        ordered = sorted(names, key=lambda name: _numbers(name.name))
-        places = sorted(slots, key=lambda slot: (slot.order, slot.place.start))
-        if all(name in options[id(slot)] for name, slot in zip(ordered, places, strict=True)):
-            return list(zip(ordered, places, strict=True))
-    return []
+        All, where the checkpoint does not say.
+        """
+        if len(self.names) == 1:
+            return self.every if kind == "embedding" else set()
+        heads = {index for index in self.every if self.names[index].kind == "linear"}
+        if not heads:
+            return self.every
+        return heads if kind == "linear" else self.every - heads
 
 
 def _numbers(name: str) -> tuple[int, ...]:

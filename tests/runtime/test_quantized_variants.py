@@ -13,7 +13,6 @@ from loracc.runtime import Deployment
 from tests.quantizing import SCHEMES, VOCABULARY, adapter, quantized
 from tests.runtime.deployments import attach_variants, outputs
 
-
 #: Schemes whose variants are also verified; all are compared with what a fold writes.
 PROVED = ("4 bit, zero points", "QDQ int8 per channel")
 
