@@ -94,6 +94,8 @@ def _once(
     from loracc.passes.content_sites import match_content
 
     match = match_content(model, base)
+    if not match.tensors:
+        raise InputError(f"--base {base.path}: it holds no float weights.", hint="Give the original checkpoint.")
     if not match.places:
         raise InputError(
             f"--base {base.path}: none of its {len(match.tensors)} tensors is in {model.path}, in any orientation and "

@@ -119,7 +119,7 @@ class _Matcher:
         self.known = model.sites.by_name()
         self.names: dict[str, list[Site]] = {}
         for site in base.sites:
-            if site.layout.whole:
+            if site.layout.whole and (site.module or site.name == site.initializer):
                 self.names.setdefault(site.initializer, []).append(site)
         self.pairs: list[tuple[Site, Slot]] = []
         self.modules: dict[tuple[ir.Node, int, int | None], str] = {}

@@ -218,3 +218,28 @@ def test_bert_fused_by_the_transformer_optimizer(
     numbers = result["verification"]["numbers"]
     assert (numbers["verdict"], numbers["measured_on"]) == ("pass", "outputs"), numbers
     assert error(tmp_path / "out.onnx", Case(base, tmp_path / "adapter", inputs, expected)) < 1e-5
+
+
+def test_bases_that_hold_nothing_of_use(
+    case: tuple[Case, ir.Model], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files, graph = case
+    path = write(anonymous(graph.clone()), tmp_path / "graph.onnx")
+    tensors = load_file(files.base / "model.safetensors")
+    bases = {
+        "no float weights": {name: tensor.astype(np.int32) for name, tensor in tensors.items()},
+        "none of its": {name: np.zeros_like(tensor) for name, tensor in tensors.items()},
+        "holds no float": {name: np.zeros((0, 4), np.float32) for name in tensors},
+        "in no initializer": {
+            n: np.full_like(t, np.nan) if "weight" in n and t.ndim == 2 else t for n, t in tensors.items()
+        },
+    }
+    for index, (words, content) in enumerate(bases.items()):
+        save_file(content, tmp_path / f"{index}.safetensors")
+        text = refused(
+            capsys, path, files.adapter, "-o", tmp_path / "o.onnx", "--base", tmp_path / f"{index}.safetensors"
+        )
+        assert words in text
+    # Another graph without names says nothing either.
+    text = refused(capsys, path, files.adapter, "-o", tmp_path / "o.onnx", "--base", path)
+    assert "the base has no such parameter" in text
