@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from loracc.estimate import Estimate
     from loracc.verdict import Verification
 
 __all__ = ["FoldResult"]
@@ -23,6 +24,8 @@ class FoldResult:
         verification: The verdict on what was written; None with ``verify=False``.
         notes: What the user should know.
         dry_run: Nothing was written.
+        folded_bytes: Of ``bytes``, those that are computed and not copied; only of a dry run.
+        estimate: Seconds and memory that the writing would take; only of a dry run.
         bytes: Size of the output in bytes.
         saved_adapter: Where the LoRA found in the graph was written as an adapter.
     """
@@ -36,6 +39,8 @@ class FoldResult:
     dry_run: bool = False
     bytes: int = 0
     saved_adapter: str | None = None
+    folded_bytes: int = 0
+    estimate: Estimate | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The contract of ``fold --json`` (DESIGN.md 2)."""
@@ -52,4 +57,10 @@ class FoldResult:
             result["saved_adapter"] = self.saved_adapter
         if self.dry_run:
             result["dry_run"] = True
+            result["folded_bytes"] = self.folded_bytes
+        if self.estimate is not None:
+            result["estimate"] = {
+                "seconds": float(f"{self.estimate.seconds:.3g}"),
+                "memory_bytes": self.estimate.memory,
+            }
         return result

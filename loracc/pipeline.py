@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -265,12 +265,14 @@ class _Lowered:
         model: What is to be written.
         bound: What was folded.
         raised_from: The graph that the deltas were found in, when no adapter was given.
+        record: Stamps the model with what it was made from: a look at every weight, so it is done beside the writing.
     """
 
     base: BaseModel
     model: BaseModel
     bound: BindResult
     raised_from: ir.Model | None
+    record: Callable[[], None]
 
 
 def _lower(
@@ -283,10 +285,9 @@ def _lower(
     facts: dict[str, Any],
 ) -> _Lowered:
     from loracc.lower import lower
-    from loracc.provenance import Provenance, identify, read_provenance, stamp_provenance
+    from loracc.provenance import Provenance, announce_provenance, identify, read_provenance, stamp_provenance
 
-    identity, previous = identify(model), read_provenance(model)
-
+    previous = read_provenance(model)
     if adapters:
         base, bound = bind_adapters(model, adapters, maps, allow_unmatched, original)
     elif original is None:
@@ -294,14 +295,24 @@ def _lower(
     else:
         raise InputError("--base finds the weights that an adapter is for, and no adapter was given.")
     lowered = lower(base, job.dtype)
-    stamp_provenance(lowered.ir, Provenance.of(identity, adapters, bound.bindings, facts, previous))
-    return _Lowered(base, lowered, bound, None if adapters else model.ir)
+    announce_provenance(lowered.ir)
+
+    def record() -> None:
+        made = Provenance.of(identify(model), adapters, bound.bindings, facts, previous)
+        stamp_provenance(lowered.ir, made)
+
+    return _Lowered(base, lowered, bound, None if adapters else model.ir, record)
 
 
 def _plan(lowered: _Lowered, job: Job) -> FoldResult:
+    from loracc.estimate import estimate
+    from loracc.lower import folded_tensors
+
     plan = job.plan(lowered.model, job.output)
     files = [path.name for path in (*plan.small, *(file.path for file in plan.weights))]
-    return replace(_result(lowered, job, _facts(lowered), None, files, plan.nbytes), dry_run=True)
+    reckoned = estimate(plan, folded_tensors(lowered.model.ir))
+    result = _result(lowered, job, _facts(lowered), None, files, plan.nbytes)
+    return replace(result, dry_run=True, folded_bytes=plan.folded, estimate=reckoned)
 
 
 def _write(lowered: _Lowered, job: Job, inputs: Sequence[Path], *, force: bool, verify: bool) -> FoldResult:
@@ -309,7 +320,7 @@ def _write(lowered: _Lowered, job: Job, inputs: Sequence[Path], *, force: bool, 
         plan = job.plan(lowered.model, stage.path)
         stage.expected_bytes = plan.nbytes
         facts = _facts(lowered)
-        plan.write(job.progress, also=facts.jobs())
+        plan.write(job.progress, also=[lowered.record, *facts.jobs()])
         verification = _verify_staged(lowered, stage.path, job) if verify else None
         size = stage.size()
     return _result(lowered, job, facts, verification, stage.files, size)

@@ -30,7 +30,17 @@ from loracc.targets.checkpoint import RECORD_FILE, RECORD_KEY
 from loracc.targets.onnx_file import stamp
 from loracc.tensors import dims, read_rows, tile_rows
 
-__all__ = ["FILE", "KEY", "Identity", "Provenance", "identify", "read_provenance", "stamp_provenance", "weights_digest"]
+__all__ = [
+    "FILE",
+    "KEY",
+    "Identity",
+    "Provenance",
+    "announce_provenance",
+    "identify",
+    "read_provenance",
+    "stamp_provenance",
+    "weights_digest",
+]
 
 #: Where the record is in a model's metadata (``loracc.`` + the name it is stamped under).
 KEY = RECORD_KEY
@@ -140,6 +150,11 @@ class Provenance:
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             reason = f"{type(error).__name__}: {error}"
             raise InputError(f"{where}: its record of provenance is damaged ({reason}).") from error
+
+
+def announce_provenance(model: ir.Model) -> None:
+    """Keep the place of a record that is stamped while the weights are written, and before the rest is."""
+    model.metadata_props[KEY] = ""
 
 
 def stamp_provenance(model: ir.Model, record: Provenance) -> None:

@@ -16,6 +16,7 @@ from rich.text import Text
 from loracc.errors import InputError
 
 if TYPE_CHECKING:
+    from loracc.estimate import Estimate
     from loracc.extract import ExtractResult
     from loracc.pipeline import FoldResult
     from loracc.switching.request import AttachResult
@@ -85,10 +86,24 @@ def print_fold(result: FoldResult, console: Console) -> None:
     if result.verification is not None:
         print_verification(result.verification, console)
     done = "Would write" if result.dry_run else "Wrote"
-    files = f"; {', '.join(result.files)}" if len(result.files) > 1 else ""
+    names = [*result.files[:3], *(["..."] if len(result.files) > 3 else [])]
+    files = f"; {len(result.files)} files: {', '.join(names)}" if len(names) > 1 else ""
     console.print(Text(f"{done} {result.output} ({_bytes(result.bytes)}{files})"))
+    if result.estimate is not None:
+        _print_estimate(result, result.estimate, console)
     if result.saved_adapter is not None:
         console.print(Text(f"{done} {result.saved_adapter} (the LoRA of the graph, as a PEFT adapter)"))
+
+
+def _print_estimate(result: FoldResult, reckoned: Estimate, console: Console) -> None:
+    copied = result.bytes - result.folded_bytes
+    seconds = f"{reckoned.seconds:.1f} s" if reckoned.seconds < 60 else f"{reckoned.seconds / 60:.0f} min"
+    console.print(
+        Text(
+            f"{_bytes(result.folded_bytes)} folded, {_bytes(copied)} copied: about {seconds} (longer where the disk is "
+            f"slower than memory, or with verification) and {_bytes(reckoned.memory)} of memory"
+        )
+    )
 
 
 def print_attached(result: AttachResult, console: Console) -> None:

@@ -78,7 +78,8 @@ def write_files(
 ) -> None:
     """Write the files. Progress counts the bytes of the segments.
 
-    ``also`` is what the workers do when they have nothing left to write: it takes the time of no other.
+    ``also`` is what else a worker is to do, before it joins the others at writing (who do not wait for Python's lock
+    when they read, compute and write).
 
     Raises:
         InputError: A source file is too short, or cannot be read.
@@ -87,7 +88,7 @@ def write_files(
     """
     progress = progress or NoProgress()
     writing = list(_jobs(files))
-    jobs = [*writing, *map(_Call, also)]
+    jobs = [*map(_Call, also), *writing]
     progress.begin("writing", sum(job.nbytes for job in writing))
     try:
         for file in files:

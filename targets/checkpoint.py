@@ -85,7 +85,11 @@ def plan_checkpoint(model: BaseModel, out: Path, *, folder: bool) -> WritePlan:
     small: dict[Path, Callable[[], bytes]] = {}
     copies: dict[Path, Path] = {}
     if folder:
-        _surroundings(files, parts, tensors, out, small, copies, model.ir.metadata_props.get(RECORD_KEY, ""))
+        _surroundings(files, parts, tensors, out, small, copies)
+        metadata = model.ir.metadata_props
+        copies.pop(out / RECORD_FILE, None)  # the base's own, which is part of the new one
+        if RECORD_KEY in metadata:  # what it says is known once the weights are written
+            small[out / RECORD_FILE] = lambda: (metadata[RECORD_KEY] + "\n").encode()
     return WritePlan(
         weights,
         small,
@@ -186,14 +190,10 @@ def _surroundings(
     out: Path,
     small: dict[Path, Callable[[], bytes]],
     copies: dict[Path, Path],
-    record: str,
 ) -> None:
     """The files beside the weights: copied, except where they would no longer be true."""
     for path in files.others:
         copies[out / path.relative_to(files.folder)] = path
-    copies.pop(out / RECORD_FILE, None)  # the base's own, which is part of the new one
-    if record:
-        small[out / RECORD_FILE] = lambda: (record + "\n").encode()
     config = out / "config.json"
     if config in copies and (changes := _config_changes(files, tensors)):
         source = copies.pop(config)

@@ -25,7 +25,7 @@ LAYERS = (
     ("runners.*", "device_clock", "timing.*", "verdict.*", "coverage", "provenance", "decoder_inputs", "sample_inputs"),
     ("verification", "verify.*", "bench_grid"),
     ("report.*", "bench_files", "inspection"),
-    ("lower", "job", "packed_factors"),
+    ("lower", "job", "estimate", "packed_factors"),
     ("content",),
     ("binding", "fold_result", "save_raised", "combine", "recorded"),
     ("pipeline", "engine", "refit.*", "runtime.*", "benching", "unfolding", "convert", "extract"),

@@ -23,7 +23,7 @@ from loracc.tensors import TiledTensor
 
 __all__ = ["WORKLOADS", "Workload", "export_base", "make", "make_adapter"]
 
-BF16, FP32 = ir.DataType.BFLOAT16, ir.DataType.FLOAT
+BF16, FP16, FP32 = ir.DataType.BFLOAT16, ir.DataType.FLOAT16, ir.DataType.FLOAT
 LLAMA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -38,6 +38,8 @@ class Workload:
         rank: Of the adapter; alpha is twice that.
         fan_in_fan_out: The adapted weights are stored as ``[in, out]``.
         sparse: The weights are holes in the file: nothing is on the disk, reads give zeros.
+        shards: How many files the weights are in.
+        factors: Dtype of the adapter.
     """
 
     config: Mapping[str, object]
@@ -46,6 +48,8 @@ class Workload:
     rank: int = 16
     fan_in_fan_out: bool = False
     sparse: bool = False
+    shards: int = 1
+    factors: ir.DataType = ir.DataType.FLOAT
 
 
 def _llama(
@@ -80,6 +84,21 @@ _GPT2: dict[str, object] = {
     "dtype": "float32",
 }
 
+#: The largest model of the GPT-3 paper, in the layout that transformers has for decoders with separate q and v.
+_GPT3: dict[str, object] = {
+    "architectures": ["OPTForCausalLM"],
+    "model_type": "opt",
+    "num_hidden_layers": 96,
+    "hidden_size": 12288,
+    "ffn_dim": 49152,
+    "num_attention_heads": 96,
+    "vocab_size": 50257,
+    "max_position_embeddings": 2048,
+    "word_embed_proj_dim": 12288,
+    "tie_word_embeddings": True,
+    "dtype": "float16",
+}
+
 _LINEARS = ("c_attn", "c_fc", "mlp.c_proj", "attn.c_proj")
 
 WORKLOADS = {
@@ -92,6 +111,7 @@ WORKLOADS = {
         {**_GPT2, "n_layer": 2, "n_embd": 64, "n_head": 4, "vocab_size": 1000}, FP32, _LINEARS, fan_in_fan_out=True
     ),
     "llama-1b": Workload(_llama(22, 2048, 5632, 32, 4), BF16, LLAMA_TARGETS),
+    "gpt3-175b-sparse": Workload(_GPT3, FP16, ("q_proj", "v_proj"), rank=4, sparse=True, shards=36, factors=FP16),
     "llama-7b-sparse": Workload(_llama(32, 4096, 11008, 32, 32), BF16, LLAMA_TARGETS, sparse=True),
 }
 
@@ -105,7 +125,10 @@ def make(name: str, folder: Path) -> None:
     tensors = {
         key: Noise(work.dtype, shape, key, 1.0 if len(shape) == 1 else 0.02) for key, shape in _shapes(work).items()
     }
-    _save(base / "model.safetensors", tensors, sparse=work.sparse)
+    if work.shards == 1:
+        _save(base / "model.safetensors", tensors, sparse=work.sparse)
+    else:
+        _save_shards(base, tensors, work)
     make_adapter(name, folder / "adapter")
 
 
@@ -138,7 +161,7 @@ def make_adapter(
             rows, columns = reversed(shape) if work.fan_in_fan_out else shape
             for role, factor in (("A", (rank, columns)), ("B", (rows, rank))):
                 name_ = f"base_model.model.{module}.lora_{role}.weight"
-                factors[name_] = Noise(FP32, factor, name_, 0.01, seed)
+                factors[name_] = Noise(work.factors, factor, name_, 0.01, seed)
     _save(folder / "adapter_model.safetensors", factors)
     (folder / "adapter_config.json").write_text(
         json.dumps(
@@ -180,8 +203,42 @@ def _save(path: Path, tensors: Mapping[str, Noise], *, sparse: bool = False) -> 
     write_files([OutputFile(path, size, () if sparse else segments, header)])
 
 
+def _save_shards(folder: Path, tensors: Mapping[str, Noise], work: Workload) -> None:
+    """As transformers names them; each shard takes the next tensors."""
+    names, weight_map = list(tensors), {}
+    step = -(-len(names) // work.shards)
+    for index in range(work.shards):
+        part = {name: tensors[name] for name in names[index * step : (index + 1) * step]}
+        file = f"model-{index + 1:05}-of-{work.shards:05}.safetensors"
+        _save(folder / file, part, sparse=work.sparse)
+        weight_map.update(dict.fromkeys(part, file))
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    text = json.dumps({"metadata": {"total_size": size}, "weight_map": weight_map}, indent=2)
+    (folder / "model.safetensors.index.json").write_text(text)
+
+
 def _shapes(work: Workload) -> dict[str, tuple[int, ...]]:
-    return _gpt2_shapes(work.config) if work.config["model_type"] == "gpt2" else _llama_shapes(work.config)
+    kinds = {"gpt2": _gpt2_shapes, "llama": _llama_shapes, "opt": _opt_shapes}
+    return kinds[str(work.config["model_type"])](work.config)
+
+
+def _opt_shapes(config: Mapping[str, object]) -> dict[str, tuple[int, ...]]:
+    hidden, inner = _number(config, "hidden_size"), _number(config, "ffn_dim")
+    decoder = "model.decoder"
+    shapes: dict[str, tuple[int, ...]] = {
+        f"{decoder}.embed_tokens.weight": (_number(config, "vocab_size"), hidden),
+        f"{decoder}.embed_positions.weight": (_number(config, "max_position_embeddings") + 2, hidden),
+    }
+    linears = {f"self_attn.{name}_proj": (hidden, hidden) for name in ("k", "v", "q", "out")}
+    linears |= {"fc1": (inner, hidden), "fc2": (hidden, inner)}
+    for layer in range(_number(config, "num_hidden_layers")):
+        prefix = f"{decoder}.layers.{layer}"
+        for name, shape in linears.items():
+            shapes |= {f"{prefix}.{name}.weight": shape, f"{prefix}.{name}.bias": shape[:1]}
+        for norm in ("self_attn_layer_norm", "final_layer_norm"):
+            shapes |= {f"{prefix}.{norm}.weight": (hidden,), f"{prefix}.{norm}.bias": (hidden,)}
+    norm = f"{decoder}.final_layer_norm"
+    return shapes | {f"{norm}.weight": (hidden,), f"{norm}.bias": (hidden,)}
 
 
 def _llama_shapes(config: Mapping[str, object]) -> dict[str, tuple[int, ...]]:
