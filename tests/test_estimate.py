@@ -62,5 +62,5 @@ def test_what_a_dry_run_says(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert told["estimate"]["seconds"] > 0
     assert told["estimate"]["memory_bytes"] > 16 << 20
     assert run(command) == 0
-    assert "1.44 MB folded, " in capsys.readouterr().out
+    assert "2.36 MB folded, " in capsys.readouterr().out
     assert sorted(tmp_path.rglob("*")) == before
