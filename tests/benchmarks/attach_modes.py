@@ -161,7 +161,7 @@ def switching_table(folder: Path) -> str:
         rows.append(("variants: one that is loaded", timed(lambda: deployment.session(last), 200)))
     lines = ["| switch | median, ms | most, ms |", "|---|---|---|"]
     lines += [f"| {name} | {1000 * statistics.median(t):.4g} | {1000 * max(t):.4g} |" for name, t in rows]
-    return "\n".join([*lines, "| batched: another number in `adapter_ids` | 0 | 0 |"])
+    return "\n".join(lines)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

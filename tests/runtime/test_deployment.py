@@ -101,18 +101,16 @@ def test_half_precision_weights_some_of_them_inside_the_graph_file(tmp_path: Pat
         np.testing.assert_array_equal(opened.run(None, x)["y"], outputs(tmp_path / "base.onnx", x)[0])
 
 
-def test_linked_weights_stay_in_the_base_file(tmp_path: Path) -> None:
-    onnx.save(
-        onnx.load(base(tmp_path)),
-        tmp_path / "big.onnx",
-        save_as_external_data=True,
-        location="big.data",
-        size_threshold=0,
-    )
-    attach_variants(tmp_path / "big.onnx", [adapter(tmp_path / "a")], tmp_path / "out.onnx", external="link")
+@pytest.mark.parametrize("folder", [".", "models/base"])
+def test_linked_weights_stay_in_the_base_file(folder: str, tmp_path: Path) -> None:
+    big = tmp_path / folder / "big.onnx"
+    big.parent.mkdir(parents=True, exist_ok=True)
+    graph = onnx.load(base(tmp_path))
+    onnx.save(graph, big, save_as_external_data=True, location="big.data", size_threshold=0)
+    attach_variants(big, [adapter(tmp_path / "a")], tmp_path / "out.onnx", external="link")
     assert not (tmp_path / "out.onnx.data").exists()
     with Deployment(tmp_path / "out.onnx", verify=True) as opened:
-        np.testing.assert_array_equal(opened.run(None, feed())["y"], outputs(tmp_path / "big.onnx", feed())[0])
+        np.testing.assert_array_equal(opened.run(None, feed())["y"], outputs(big, feed())[0])
         assert np.abs(opened.run("a", feed())["y"] - opened.run(None, feed())["y"]).max() > 0.1
 
 
