@@ -36,13 +36,16 @@ class Coverage:
         return {**vars(self), "unmatched": list(self.unmatched)}
 
 
-def coverage_of(adapters: Sequence[Adapter], bindings: Sequence[Binding], unmatched: Sequence[str]) -> Coverage:
+def coverage_of(
+    adapters: Sequence[Adapter], bindings: Sequence[Binding], unmatched: Sequence[str], elsewhere: Sequence[str] = ()
+) -> Coverage:
     """What binding made of the adapters' entries.
 
     Args:
         adapters: As they were read.
         bindings: As they were bound; a delta for a tied weight may be bound at several sites.
         unmatched: What the user allowed to fit nowhere.
+        elsewhere: Names of deltas for another part of the model, which are not this graph's.
     """
     if not adapters:
         return Coverage("skipped", "the deltas were found in the graph")
@@ -52,6 +55,8 @@ def coverage_of(adapters: Sequence[Adapter], bindings: Sequence[Binding], unmatc
     consumed: set[tuple[str, str]] = set()
     for adapter in adapters:
         for entry in adapter.entries:
+            if entry.name in elsewhere:
+                continue
             keys = {(adapter.name, key) for key in entry.keys}
             tensors |= keys
             names = {(adapter.name, one.name) for one in (entry, *entry.alternatives)}

@@ -25,6 +25,7 @@ class LoadOptions:
     dynamic: tuple[str, ...] = ()
     opset: int | None = None
     task: str | None = None
+    part: str | None = None
     factory: str | None = None
     #: False when only the weights matter (the output is a checkpoint): nothing is traced.
     graph: bool = True
@@ -47,6 +48,7 @@ class BaseModel:
             the ``ExportedProgram`` for "huggingface", "module" and a traced "state_dict", ``CheckpointFiles`` for
             "checkpoint".
         notes: What a user should know.
+        elsewhere: Parameters of the model that this graph does not compute with: those of its other part.
     """
 
     path: Path
@@ -57,5 +59,6 @@ class BaseModel:
     sample_inputs: Mapping[str, Array] = field(default_factory=dict)
     origin: Any = None
     notes: tuple[str, ...] = ()
+    elsewhere: frozenset[str] = frozenset()
     #: Ranges that sampled integer inputs must respect, by input name: {"input_ids": (0, 30522)}.
     input_ranges: Mapping[str, tuple[int, int]] = field(default_factory=dict)

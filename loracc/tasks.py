@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-__all__ = ["TASKS"]
+__all__ = ["PARTS", "TASKS"]
+
+#: The graphs of an encoder-decoder.
+PARTS = ("encoder", "decoder")
 
 #: Task -> the class of transformers that knows which model does it. The endings are optimum's.
 TASKS: dict[str, str] = {
@@ -11,6 +14,7 @@ TASKS: dict[str, str] = {
     "text-generation": "AutoModelForCausalLM",
     "text-generation-with-past": "AutoModelForCausalLM",
     "text2text-generation": "AutoModelForSeq2SeqLM",
+    "text2text-generation-with-past": "AutoModelForSeq2SeqLM",
     "text-classification": "AutoModelForSequenceClassification",
     "token-classification": "AutoModelForTokenClassification",
     "question-answering": "AutoModelForQuestionAnswering",

@@ -48,12 +48,14 @@ class BindOptions:
         allow_unmatched: Report what fits nowhere instead of refusing.
         traced: The graph has the computation; False for a bare checkpoint.
         explain: What else is known of a name that no site has; "" for nothing.
+        elsewhere: Names of parameters that the model has and this graph, one part of it, has not.
     """
 
     maps: tuple[str, ...] = ()
     allow_unmatched: bool = False
     traced: bool = True
     explain: Callable[[str], str] | None = None
+    elsewhere: frozenset[str] = frozenset()
 
 
 @dataclass
@@ -63,11 +65,13 @@ class BindResult:
     Attributes:
         bindings: In the adapters' order.
         unmatched: Keys of the files that fit nowhere (only with ``allow_unmatched``).
+        elsewhere: Names of the adapters' deltas that are for the model's other part, and not for this graph.
         notes: What the user should know.
     """
 
     bindings: list[Binding] = field(default_factory=list)
     unmatched: list[str] = field(default_factory=list)
+    elsewhere: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 
@@ -85,7 +89,7 @@ def bind(
         BindingError: Unmatched names, shapes that disagree, ambiguity, conflicts; all of them at once.
         UnsupportedError: A weight cannot take a delta.
     """
-    options = BindOptions(tuple(maps), allow_unmatched, model.traced, explain)
+    options = BindOptions(tuple(maps), allow_unmatched, model.traced, explain, model.elsewhere)
     total = BindResult()
     for value in model.ir.graph.initializers.values():
         clear_bindings(value)  # of a call that failed halfway
@@ -100,6 +104,7 @@ def bind(
             continue
         total.bindings += binder.result.bindings
         total.unmatched += binder.result.unmatched
+        total.elsewhere += binder.result.elsewhere
         total.notes += [*adapter.notes, *binder.result.notes]
     if errors:
         raise combined(errors)
@@ -194,7 +199,8 @@ class _Binder:
         self._refuse_unmatched(matching)
         self._refuse_conflicts(before)
         if not self.errors and not self.result.bindings:
-            self.errors.append(BindingError(f"adapter {self.adapter.name!r}: nothing of it fits the model."))
+            other = " All of it is for the model's other part." if self.result.elsewhere else ""
+            self.errors.append(BindingError(f"adapter {self.adapter.name!r}: nothing of it fits the model.{other}"))
         if self.errors:
             raise combined(self.errors)
         return self.result
@@ -210,7 +216,7 @@ class _Binder:
                 renamed[option.name] = self._parameter(mapped if mapped is not None else option.name)
         primary = [renamed[entry.name] for entry in self.adapter.entries]
         try:
-            matching = match_names(list(dict.fromkeys(primary)), self.table)
+            matching = match_names(list(dict.fromkeys(primary)), self.table.keys() | self.options.elsewhere)
         except BindingError as error:
             raise BindingError(f"adapter {self.adapter.name!r}: {error.message}", hint=error.hint) from error
         found = {}
@@ -221,7 +227,16 @@ class _Binder:
         if matching.rewriting is not None:
             self.result.notes.append(f"adapter {self.adapter.name!r}: names were matched as {matching.rewriting}.")
         unmatched = tuple(entry.name for entry in self.adapter.entries if entry.name not in found)
-        return replace(matching, found=found, unmatched=unmatched)
+        here = {name: target for name, target in found.items() if target in self.table}
+        self._tell_of_elsewhere([entry.name for entry in self.adapter.entries if entry.name in found.keys() - here.keys()])
+        return replace(matching, found=here, unmatched=unmatched)
+
+    def _tell_of_elsewhere(self, names: list[str]) -> None:
+        self.result.elsewhere += names
+        if names:
+            self.result.notes.append(
+                f"adapter {self.adapter.name!r}: {len(names)} deltas are for the model's other part, and stay for it."
+            )
 
     def _parameter(self, name: str) -> str:
         """An attention's fused projection is its "weight" to some trainers."""
@@ -230,10 +245,11 @@ class _Binder:
         return fused if parameter == "weight" and name not in self.table and fused in self.table else name
 
     def _rewritten(self, name: str, rewriting: Rewriting | None) -> str | None:
-        if name in self.table:
+        known = self.table.keys() | self.options.elsewhere
+        if name in known:
             return name
         new = rewriting.apply(name) if rewriting is not None else None
-        return new if new in self.table else None
+        return new if new in known else None
 
     def _weights(self, matching: Matching) -> dict[str, Weight]:
         """The weight of every matched name; those that cannot take a delta are errors."""

@@ -24,6 +24,7 @@ Examples:
   loracc fold hf_folder/ adapter/ -o out.onnx           trace a Hugging Face folder, weights streamed
   loracc fold hf_folder/ adapter/ -o merged/            a merged checkpoint, same names, shards and dtypes
   loracc fold hf_folder/ adapter/ -o out.onnx --task text-generation-with-past      a decoder with a KV cache
+  loracc fold t5/ adapter/ -o decoder_model.onnx --task text2text-generation-with-past --part decoder   (and encoder)
   loracc fold base.onnx a=one/ b=two/@0.5 -o out.onnx   two adapters, the second at half strength
   loracc fold base/ a/@0.7 b/@0.3 --combine ties_svd --density 0.5 -o merged/
   loracc fold other.onnx adapter/ --base hf_folder/ -o out.onnx     weights without names: by their values

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import click
 
 from loracc.combine_methods import METHODS
-from loracc.tasks import TASKS
+from loracc.tasks import PARTS, TASKS
 
 __all__ = [
     "adapter_options",
@@ -75,6 +75,11 @@ def model_options(command: F) -> F:
                 metavar="TASK",
                 help="What a Hugging Face folder is exported for (default: the class in its config.json, no cache). "
                 f"Known: {', '.join(TASKS)}.",
+            ),
+            click.option(
+                "--part",
+                type=click.Choice(PARTS),
+                help="Export this part of a Hugging Face encoder-decoder; with a cache it has to be two graphs.",
             ),
             click.option(
                 "--factory",

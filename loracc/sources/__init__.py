@@ -45,9 +45,10 @@ def load_model(path: str | os.PathLike[str], options: LoadOptions | None = None)
     kind = sniff(path)
     if kind == "huggingface" and not options.graph:
         kind = "checkpoint"
-    if options.task and kind not in ("huggingface", "onnx"):  # an .onnx file says so in its own words
+    told = f"--task {options.task}" if options.task else f"--part {options.part}" if options.part else ""
+    if told and kind not in ("huggingface", "onnx"):  # an .onnx file says so in its own words
         raise InputError(
-            f"{path}: --task {options.task} says what a Hugging Face folder is exported for; here "
+            f"{path}: {told} says what a Hugging Face folder is exported for; here "
             + ("only its weights are read." if sniff(path) == "huggingface" else f"is a {kind.replace('_', ' ')}."),
             hint="Leave it out." if options.graph else "Leave it out, or write a graph: -o OUT.onnx or OUT.pt2.",
         )

@@ -24,7 +24,7 @@ from loracc.errors import UnsupportedError
 from loracc.sources.hf_inputs import BATCH, PAST, SEQUENCE, TracedInput
 from loracc.sources.torch_trace import reason_of
 
-__all__ = ["CacheLayer", "cache_layers", "past_inputs", "with_cache"]
+__all__ = ["CacheLayer", "cache_layers", "filled_cache", "past_inputs", "with_cache"]
 
 _PAST_SYMBOL = "past_sequence_length"
 #: Attention whose cache is a key and a value per token of the past; the rest (states, shared caches) is something else.
@@ -59,13 +59,14 @@ def cache_layers(model: Any) -> list[CacheLayer]:
     try:
         with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
             ids = torch.ones((BATCH, SEQUENCE), dtype=torch.int64)
-            result = model(input_ids=ids, use_cache=True, return_dict=True)
+            result = model(**_probe(model, ids), use_cache=True, return_dict=True)
     except Exception as error:  # a library's boundary
         raise _refused(model, f"it does not run on ids alone ({reason_of(error)})") from error
     finally:
         for module, before in buffers:
             module._buffers.update(before)
     cache = getattr(result, "cache", None) or getattr(result, "past_key_values", None)
+    cache = getattr(cache, "self_attention_cache", cache)  # an encoder-decoder's: its own, and that of the encoder
     layers = list(getattr(cache, "layers", ()))
     if not layers or any(getattr(layer, "keys", None) is None for layer in layers):
         raise _refused(model, "some of its layers have no key-value cache of their own")
@@ -79,12 +80,24 @@ def cache_layers(model: Any) -> list[CacheLayer]:
     return found
 
 
-def past_inputs(layers: list[CacheLayer]) -> list[TracedInput]:
+def _probe(model: Any, ids: Any) -> dict[str, Any]:
+    """The least that a model runs on."""
+    import torch
+
+    if not getattr(model.config, "is_encoder_decoder", False):
+        return {"input_ids": ids}
+    from transformers.modeling_outputs import BaseModelOutput
+
+    states = torch.zeros((BATCH, SEQUENCE, int(model.config.hidden_size)), dtype=model.dtype)
+    return {"decoder_input_ids": ids, "encoder_outputs": BaseModelOutput(last_hidden_state=states)}  # type: ignore[arg-type]
+
+
+def past_inputs(layers: list[CacheLayer], *, infix: str = "", symbol: str = _PAST_SYMBOL) -> list[TracedInput]:
     """The past as inputs of the graph, in the order key, value of layer 0, 1, ..."""
-    symbols = ("batch_size", None, _PAST_SYMBOL, None)
+    symbols = ("batch_size", None, symbol, None)
     return [
         TracedInput(
-            f"past_key_values.{index}.{part}", symbols, np.zeros((BATCH, heads, PAST, size), layer.dtype.numpy())
+            f"past_key_values.{index}.{infix}{part}", symbols, np.zeros((BATCH, heads, PAST, size), layer.dtype.numpy())
         )
         for index, layer in enumerate(layers)
         for part, (heads, size) in (("key", layer.key), ("value", layer.value))
@@ -103,7 +116,7 @@ def with_cache(model: Any) -> None:
         position_ids: Any = None,
         past_key_values: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> dict[str, Any]:
-        cache = _filled(past_key_values or {})
+        cache = filled_cache(past_key_values or {})
         more = {"position_ids": position_ids} if takes_positions else {}
         result = forward(
             input_ids=input_ids, attention_mask=attention_mask, use_cache=True, return_dict=True,
@@ -115,7 +128,7 @@ def with_cache(model: Any) -> None:
     model.forward = cached
 
 
-def _filled(past: Mapping[str, Mapping[str, Any]]) -> Any:
+def filled_cache(past: Mapping[str, Mapping[str, Any]]) -> Any:
     """A cache of growing layers that holds the past. Layers are filled by hand: ``update`` would append to an empty
     tensor, which is an operator more for each."""
     from transformers.cache_utils import DynamicCache, DynamicLayer

@@ -14,7 +14,7 @@ import numpy as np
 from loracc.dtypes import Array
 from loracc.errors import UnsupportedError
 
-__all__ = ["BATCH", "PAST", "SEQUENCE", "TracedInput", "decoder_inputs", "plan_inputs"]
+__all__ = ["BATCH", "PAST", "SEQUENCE", "TracedInput", "decoder_inputs", "ids_input", "plan_inputs"]
 
 #: Lengths a model is traced with: unequal to each other, to 0 and 1, and to any likely constant of a model.
 BATCH, SEQUENCE, PAST, _DECODER, _SAMPLES, _SIDE = 2, 7, 6, 5, 4000, 224
@@ -64,16 +64,15 @@ def plan_inputs(model: Any, folder: Path) -> list[TracedInput]:
             hint="Give samples: --inputs FILE.npz, or --input NAME:DTYPE[SHAPE] for each input.",
         )
     if model.config.is_encoder_decoder and "decoder_input_ids" in accepted:
-        inputs.append(_ids("decoder_input_ids", model.config, _DECODER, "decoder_sequence"))
+        inputs.append(ids_input("decoder_input_ids", model.config, _DECODER, ("batch", "decoder_sequence")))
     return inputs
 
 
 def decoder_inputs(model: Any) -> list[TracedInput]:
     """Ids, mask and positions of a decoder that continues a past; axes named as optimum names them."""
     axes, total = ("batch_size", "sequence_length"), "past_sequence_length + sequence_length"
-    ids = _ids("input_ids", model.config, SEQUENCE, axes[1])
     inputs = [
-        TracedInput("input_ids", axes, ids.array, ids.range),
+        ids_input("input_ids", model.config, SEQUENCE, axes),
         TracedInput("attention_mask", (axes[0], total), np.ones((BATCH, PAST + SEQUENCE), np.int64), (1, 2)),
     ]
     if "position_ids" in inspect.signature(model.forward).parameters:
@@ -83,7 +82,7 @@ def decoder_inputs(model: Any) -> list[TracedInput]:
 
 
 def _text(model: Any, accepted: set[str], folder: Path) -> list[TracedInput]:
-    inputs = [_ids("input_ids", model.config, SEQUENCE, "sequence")]
+    inputs = [ids_input("input_ids", model.config, SEQUENCE, ("batch", "sequence"))]
     ones = np.ones((BATCH, SEQUENCE), np.int64)
     if "attention_mask" in accepted:
         inputs.append(TracedInput("attention_mask", ("batch", "sequence"), ones, (1, 2)))
@@ -95,12 +94,13 @@ def _text(model: Any, accepted: set[str], folder: Path) -> list[TracedInput]:
     return inputs
 
 
-def _ids(name: str, config: Any, length: int, symbol: str) -> TracedInput:
+def ids_input(name: str, config: Any, length: int, symbols: tuple[str, str]) -> TracedInput:
+    """Tokens ``[batch, length]`` of the configuration's vocabulary."""
     text = config.get_text_config()
     size = next((getattr(text, key) for key in _VOCABULARY if getattr(text, key, None)), None)
     stop = int(size) if size else 2
     array = np.arange(BATCH * length, dtype=np.int64).reshape(BATCH, length) % stop
-    return TracedInput(name, ("batch", symbol), array, (0, stop))
+    return TracedInput(name, symbols, array, (0, stop))
 
 
 def _pixels(config: Any, batch: str = "batch") -> TracedInput:

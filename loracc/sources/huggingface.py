@@ -17,6 +17,7 @@ from loracc.quiet import quiet
 from loracc.sources.checkpoint_files import read_config
 from loracc.sources.hf_cache import cache_layers, past_inputs, with_cache
 from loracc.sources.hf_inputs import TracedInput, decoder_inputs
+from loracc.sources.hf_parts import becomes_part, check_part, part_inputs
 from loracc.sources.hf_tasks import Task, class_for, parse_task
 from loracc.sources.hf_weights import MappedWeights, read_weights
 from loracc.sources.module_model import choose_inputs, without_cache
@@ -59,11 +60,13 @@ def load_huggingface(path: Path, options: LoadOptions) -> BaseModel:
                 raise UnsupportedError(f"{path}: {error.message}", hint=error.hint) from error
     _refuse_missing(path, graph, built.missing)
     fixed = name_dimensions(graph, {traced.name: traced.symbols for traced in inputs})
+    sites = trace_sites(graph, program.state_dict, tied_groups(program))
     return BaseModel(
         path=path,
         format="huggingface",
         ir=graph,
-        sites=trace_sites(graph, program.state_dict, tied_groups(program)),
+        sites=sites,
+        elsewhere=frozenset(program.state_dict) - {site.name for site in sites} if options.part else frozenset(),
         origin=program,
         notes=tuple(_notes(graph, built.unused, fixed)),
         sample_inputs={t.name: t.array for t in inputs} if options.inputs or options.inputs_file else {},
@@ -160,8 +163,15 @@ def _has_experts(model: Any) -> bool:
 
 
 def _inputs(model: Any, path: Path, options: LoadOptions, task: Task | None) -> list[TracedInput]:
-    """What the model is traced with; it is made to take a cache where the task says so."""
-    if task is None or not task.past:
+    """What the model is traced with; it is made to take a cache, or to be one part, where that is asked for."""
+    check_part(model, task, options.part)
+    past = task is not None and task.past
+    if options.part is not None:
+        part = options.part
+        plan = choose_inputs(model, path, options, lambda model, _: part_inputs(model, part, past=past))
+        becomes_part(model, part, past=past)
+        return plan
+    if not past:
         return choose_inputs(model, path, options)
     layers = cache_layers(model)
     plan = choose_inputs(model, path, options, lambda model, _: [*decoder_inputs(model), *past_inputs(layers)])

@@ -52,6 +52,7 @@ def _refuse_unused(path: Path, options: LoadOptions) -> None:
     told = {
         "--opset": options.opset,
         "--task": options.task,
+        "--part": options.part,
         "--factory": options.factory,
         "--dynamic": options.dynamic,
     }
