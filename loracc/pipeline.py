@@ -195,7 +195,7 @@ def verify(
         inputs=dict(loaded.sample_inputs) if load.get("inputs_file") else {},
         truth=reference,
         taps=taps,
-        coverage=coverage_of(read, bound.bindings, bound.unmatched),
+        coverage=coverage_of(read, bound.bindings, bound.unmatched, bound.elsewhere),
         raised_from=raised_from,
         seed=seed,
         provider=provider,

@@ -228,7 +228,8 @@ class _Binder:
             self.result.notes.append(f"adapter {self.adapter.name!r}: names were matched as {matching.rewriting}.")
         unmatched = tuple(entry.name for entry in self.adapter.entries if entry.name not in found)
         here = {name: target for name, target in found.items() if target in self.table}
-        self._tell_of_elsewhere([entry.name for entry in self.adapter.entries if entry.name in found.keys() - here.keys()])
+        other = found.keys() - here.keys()
+        self._tell_of_elsewhere([entry.name for entry in self.adapter.entries if entry.name in other])
         return replace(matching, found=here, unmatched=unmatched)
 
     def _tell_of_elsewhere(self, names: list[str]) -> None:
