@@ -89,7 +89,7 @@ def _probe(model: Any, ids: Any) -> dict[str, Any]:
     from transformers.modeling_outputs import BaseModelOutput
 
     states = torch.zeros((BATCH, SEQUENCE, int(model.config.hidden_size)), dtype=model.dtype)
-    return {"decoder_input_ids": ids, "encoder_outputs": BaseModelOutput(last_hidden_state=states)}  # type: ignore[arg-type]
+    return {"decoder_input_ids": ids, "encoder_outputs": BaseModelOutput(last_hidden_state=states)}
 
 
 def past_inputs(layers: list[CacheLayer], *, infix: str = "", symbol: str = _PAST_SYMBOL) -> list[TracedInput]:

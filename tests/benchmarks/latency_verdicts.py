@@ -3,9 +3,9 @@
     python -m tests.benchmarks.latency_verdicts [--runs 30] [--seconds 0.8] [--no-real]
 
 Simulated: a machine whose runs take log-normal times, drift, and are interrupted now and then, read through the same
-blocks and the same test as a real one. Real: stacks of 100, 101, 102, 103 and 105 equal matrix products in ONNX Runtime on
-the CPU, against 100 of them, and a copy of that as the noise floor. The margin is 2 %: at 0 and 1 % a pass is right and
-a failure wrong, at 3 and 5 % the other way round; 2 % lies on the border, where a pass may come in one of forty.
+blocks and the same test as a real one. Real: stacks of 100, 101, 102, 103 and 105 equal matrix products in ONNX Runtime
+on the CPU, against 100 of them, and a copy of that as the noise floor. The margin is 2 %: at 0 and 1 % a pass is right
+and a failure wrong, at 3 and 5 % the other way round; 2 % lies on the border, where a pass may come in one of forty.
 """
 
 from __future__ import annotations
