@@ -20,7 +20,7 @@ from loracc.blas import one_blas_thread
 from loracc.dtypes import Array, unit_roundoff
 from loracc.encodings.decoded import DecodedTensor
 from loracc.encodings.encoded_weight import EncodedWeight
-from loracc.encodings.grid import Blocks, Grid
+from loracc.encodings.grid import Grid
 from loracc.folded import Binding
 from loracc.requantized import turned_layout
 from loracc.sites import Layout
@@ -79,18 +79,20 @@ def check_encoded(
     weight, made = before.weight, after.weight
     if other := weight.same_scheme(made):
         return _unlike(name, weight, bindings, other), 0.0
-    original, exact = _oracle(before, after, bindings)
-    touched = weight.blocks.reduce(np.logical_or, exact != original)
+    exact = _oracle(before, after, bindings)
     if leader is None:
-        reasons = _grid_reasons(weight, made, exact, touched)
+        seen = _seen(before, made.grid(), exact)
+        touched, reasons = seen.touched, _grid_reasons(weight, made, seen)
     else:
-        touched = np.ones_like(touched)
+        touched = np.ones(weight.blocks.grid, bool)
         reasons = _follows(weight, made, *(tensor.weight for tensor in leader))
     found, grid = _Found(), made.grid()
+    base = before.exact()
     with one_blas_thread():
         for lo, hi in weight.spans():
             changed = weight.blocks.expand(touched[weight.blocks.rows(lo, hi)], hi - lo)
-            _look(found, grid.part(lo, hi), (weight, made), (lo, hi), (original[lo:hi], exact[lo:hi]), changed)
+            values = read_rows(base, lo, hi), exact[lo:hi]
+            _look(found, grid.part(lo, hi), (weight, made), (lo, hi), values, changed)
     if found.wrong:
         share = 100.0 * found.wrong / found.elements
         reasons.append(f"{found.wrong} codes ({share:.3g} %) are not those nearest to W + ΔW")
@@ -124,11 +126,10 @@ def _unlike(name: str, weight: EncodedWeight, bindings: Sequence[Binding], reaso
     )
 
 
-def _oracle(before: DecodedTensor, after: DecodedTensor, bindings: Sequence[Binding]) -> tuple[Array, Array]:
-    """W and W + ΔW in float64, whole, with the axes of the codes."""
+def _oracle(before: DecodedTensor, after: DecodedTensor, bindings: Sequence[Binding]) -> Array:
+    """W + ΔW in float64, whole, with the axes of the codes."""
     base, made = before.exact(), after.exact()
-    original = read_rows(base, 0, before.weight.shape[0])
-    exact = original.copy()
+    exact = base.numpy()
     groups: dict[Layout, list[Binding]] = {}
     for binding in bindings:
         layout = turned_layout(binding.site.layout) if before.turned else binding.site.layout
@@ -140,7 +141,35 @@ def _oracle(before: DecodedTensor, after: DecodedTensor, bindings: Sequence[Bind
             length = slab.shape[axis]
             view[(slice(None),) * axis + (slice(at, at + length),)] = slab
             at += length
-    return original, exact
+    return exact
+
+
+@dataclass
+class _Seen:
+    """Per block: whether a delta changes it, its extremes, and what the base's grid and the output's lose."""
+
+    touched: Array
+    least: Array
+    most: Array
+    lost: list[Array]
+
+
+def _seen(before: DecodedTensor, new: Grid, exact: Array) -> _Seen:
+    """Look at all rows, some at a time."""
+    weight, blocks, base = before.weight, before.weight.blocks, before.exact()
+    grids = (weight.grid(), new)
+    shape = blocks.grid
+    seen = _Seen(
+        np.zeros(shape, bool), np.full(shape, np.inf), np.full(shape, -np.inf), [np.zeros(shape), np.zeros(shape)]
+    )
+    for lo, hi in weight.spans():
+        rows, part = blocks.rows(lo, hi), exact[lo:hi]
+        seen.touched[rows] |= blocks.reduce(np.logical_or, part != read_rows(base, lo, hi))
+        seen.least[rows] = np.minimum(seen.least[rows], blocks.reduce(np.minimum, part))
+        seen.most[rows] = np.maximum(seen.most[rows], blocks.reduce(np.maximum, part))
+        for lost, grid in zip(seen.lost, grids, strict=True):
+            lost[rows] += _lost(grid.part(lo, hi), part)
+    return seen
 
 
 def _look(
@@ -174,21 +203,19 @@ def _look(
     found.along += float(np.vdot(moved, change))
 
 
-def _grid_reasons(weight: EncodedWeight, made: EncodedWeight, exact: Array, touched: Array) -> list[str]:
+def _grid_reasons(weight: EncodedWeight, made: EncodedWeight, seen: _Seen) -> list[str]:
     """Rules 1 to 3 for scales and zero points."""
-    old, new, blocks = weight.grid(), made.grid(), weight.blocks
+    old, new, touched = weight.grid(), made.grid(), seen.touched
     kept = (old.scales == new.scales) & (old.zeros == new.zeros)
     reasons = []
     if (~touched & ~kept).any():
         reasons.append(f"{int((~touched & ~kept).sum())} blocks that no delta changes have another scale")
     if not (np.isfinite(new.scales).all() and np.isfinite(new.zeros).all()):
         return [*reasons, "scales or zero points are inf or NaN"]
-    least, most = blocks.reduce(np.minimum, exact), blocks.reduce(np.maximum, exact)
-    strange = touched & ~kept & ~_by_rule(weight, new, least, most)
+    strange = touched & ~kept & ~_by_rule(weight, new, seen.least, seen.most)
     if strange.any():
         reasons.append(f"{int(strange.sum())} blocks have a scale or zero point that neither the base nor the rule has")
-    mine, theirs = (_lost(blocks, grid, exact) for grid in (new, old))
-    worse = touched & ~kept & (mine > theirs * (1.0 + _SLACK))
+    worse = touched & ~kept & (seen.lost[1] > seen.lost[0] * (1.0 + _SLACK))
     if worse.any():
         reasons.append(f"{int(worse.sum())} blocks lose more than with the scale they had")
     return reasons
@@ -228,10 +255,10 @@ def _by_rule(weight: EncodedWeight, new: Grid, least: Array, most: Array) -> Arr
     return scale_fits & (np.abs(zeros - ideal) <= slack)
 
 
-def _lost(blocks: Blocks, grid: Grid, exact: Array) -> Array:
-    """Per block, the squared distance of the nearest values of a grid."""
-    scales, zeros = (blocks.expand(array, len(exact)) for array in (grid.scales, grid.zeros))
+def _lost(grid: Grid, exact: Array) -> Array:
+    """Per block of some rows, the squared distance of the nearest values of their grid."""
+    scales, zeros = (grid.blocks.expand(array, len(exact)) for array in (grid.scales, grid.zeros))
     with np.errstate(divide="ignore", invalid="ignore"):
         codes = np.clip(np.rint(exact / scales + zeros), grid.low, grid.high)
     values = np.where(scales == 0, 0.0, (np.nan_to_num(codes) - zeros) * scales)
-    return blocks.reduce(np.add, np.square(values - exact))
+    return grid.blocks.reduce(np.add, np.square(values - exact))

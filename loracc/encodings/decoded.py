@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from loracc.concatenated import ConcatenatedTensor
 from loracc.dtypes import Array, round_to
 from loracc.encodings.encoded_weight import EncodedWeight
 from loracc.encodings.grid import Grid
@@ -64,9 +65,7 @@ class DecodedTensor(TiledTensor):
     def exact(self) -> ExactTensor:
         """The values in float64, with the axes of the codes."""
         original = self.original
-        if original is not None and self.turned:
-            original = PermutedTensor(original, (1, 0))
-        return ExactTensor(self.weight, original)
+        return ExactTensor(self.weight, _transposed(original) if original is not None and self.turned else original)
 
     def step(self) -> float:
         """The largest distance of neighbouring values."""
@@ -82,6 +81,15 @@ class DecodedTensor(TiledTensor):
         if self.turned:
             return np.ascontiguousarray(self.numpy()[lo:hi])
         return round_to(read_rows(self.exact(), lo, hi), self.dtype)
+
+
+def _transposed(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
+    """The transpose, with rows that are read where they lie if those of the tensor are a transpose themselves."""
+    if isinstance(tensor, PermutedTensor) and tensor.perm == (1, 0):
+        return tensor.base
+    if isinstance(tensor, ConcatenatedTensor):
+        return ConcatenatedTensor([_transposed(part) for part in tensor.parts], 1 - tensor.axis, str(tensor.name))
+    return PermutedTensor(tensor, (1, 0))
 
 
 class ExactTensor(TiledTensor):
