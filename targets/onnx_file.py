@@ -73,7 +73,7 @@ def plan_onnx(model: ir.Model, path: Path, *, external: str = "auto", home: Path
     """
     if external not in EXTERNAL:
         raise ValueError(f"external is {external!r}, expected one of {', '.join(EXTERNAL)}")
-    model = encoded(model)
+    named, model = model, encoded(model)
     tensors = {value: tensor for value in initializers(model) if (tensor := value.const_value) is not None}
     total = sum(tensor.nbytes for tensor in tensors.values())
     inline = total <= INLINE_BYTES if external == "auto" else external == "inline"
@@ -99,11 +99,19 @@ def plan_onnx(model: ir.Model, path: Path, *, external: str = "auto", home: Path
     staged = {} if home == path.parent else {path.parent / name: home / name for name in sorted(layout.borrowed)}
     return WritePlan(
         weights=(file,) if layout.segments else (),
-        small={path: lambda: graph_bytes(model, layout.places, path)},
+        small={path: lambda: graph_bytes(_stamped_as(named, model), layout.places, path)},
         links=staged,
         nbytes=layout.end + sum(tensor.nbytes for value, tensor in tensors.items() if value not in layout.places),
         folded=computed_bytes(list(tensors.values())),
     )
+
+
+def _stamped_as(named: ir.Model, model: ir.Model) -> ir.Model:
+    """``model`` with what has been stamped on ``named`` since it was copied from it."""
+    if model is not named:
+        model.producer_name, model.producer_version = named.producer_name, named.producer_version
+        model.metadata_props.update(named.metadata_props)
+    return model
 
 
 class _Layout:

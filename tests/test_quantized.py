@@ -222,5 +222,5 @@ def test_attach_keeps_the_codes(tmp_path: Path) -> None:
 def test_unfold_gives_the_codes_back(tmp_path: Path) -> None:
     path, out = quantized(tmp_path, "4 bit"), tmp_path / "out.onnx"
     fold(path, [adapter(tmp_path / "adapter")], out)
-    unfold(out, path, tmp_path / "back.onnx")
+    unfold(out, path, tmp_path / "back.onnx")  # by the record that the output carries
     assert changed(path, tmp_path / "back.onnx") == set()
