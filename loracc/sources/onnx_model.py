@@ -44,7 +44,14 @@ def load_onnx(path: Path, options: LoadOptions) -> BaseModel:
         sites = find_sites(model)
     except InputError as error:
         raise InputError(f"{path}: {error.message}", hint=error.hint) from error
-    return BaseModel(path=path, format="onnx", ir=model, sites=sites, sample_inputs=inputs, notes=_notes(sites))
+    return BaseModel(
+        path=path,
+        format="onnx",
+        ir=model,
+        sites=sites,
+        sample_inputs=inputs,
+        notes=(*_notes(sites), *_training_notes(model)),
+    )
 
 
 def _refuse_unused(path: Path, options: LoadOptions) -> None:
@@ -72,6 +79,23 @@ def _notes(sites: SiteTable) -> tuple[str, ...]:
         f"{len(folded)} convolution weight(s) cannot be named ({names}): the exporter seems to have folded a batch "
         "normalisation into them, and a delta for the original weight does not fit the folded one.",
     )
+
+
+def _training_notes(model: ir.Model) -> list[str]:
+    """A graph that computes something random can be folded into; its outputs cannot be compared closely."""
+    random = [node.name for node in model.graph.all_nodes() if node.op_type == "Dropout" and _drops(node)]
+    if not random:
+        return []
+    return [
+        f"the graph was exported in training mode: {len(random)} Dropout node(s) ({random[0]}, ...) drop at random, so "
+        "its outputs prove little. Call model.eval() before the export."
+    ]
+
+
+def _drops(node: ir.Node) -> bool:
+    training = node.inputs[2] if len(node.inputs) > 2 else None
+    tensor = ir.convenience.get_const_tensor(training) if training is not None else None
+    return tensor is not None and bool(tensor.numpy().any())
 
 
 def read_graph(path: Path) -> ir.Model:

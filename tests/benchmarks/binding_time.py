@@ -112,7 +112,9 @@ def main() -> None:
         runs = [measure([*command, "--dry-run"]) for _ in range(options.rounds)]
         times = " ".join(f"{run.wall:.2f}" for run in runs)
         wall, peak = statistics.median(run.wall for run in runs), max(run.peak for run in runs)
-        print(f"bound and compared in full: {wall:.2f} s (median of {times}), peak memory {peak / 1e6:.0f} MB")
+        cpu = statistics.median(run.cpu for run in runs)
+        print(f"bound and compared in full: {wall:.2f} s (median of {times}), CPU {cpu:.2f} s")
+        print(f"peak memory {peak / 1e6:.0f} MB")
         alone = subprocess.run(
             [sys.executable, "-c", _ALONE, str(folder / "graph.onnx"), str(folder / "base")],
             check=True,

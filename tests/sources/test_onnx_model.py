@@ -138,3 +138,15 @@ def test_a_folded_normalisation_is_noted(tmp_path: Path) -> None:
     model = load_model(save(tmp_path / "m.onnx", proto))
     assert [(site.module, site.source) for site in model.sites] == [("", "")]
     assert "batch normalisation" in model.notes[0]
+
+
+def test_a_graph_exported_in_training_mode_is_said_to_be_one(tmp_path: Path) -> None:
+    def notes(training: bool) -> tuple[str, ...]:
+        model = linear_model()
+        model.graph.initializer.append(numpy_helper.from_array(np.array(0.1, np.float32), "ratio"))
+        model.graph.initializer.append(numpy_helper.from_array(np.array(training), "training"))
+        model.graph.node[0].output[0] = "h"
+        model.graph.node.append(helper.make_node("Dropout", ["h", "ratio", "training"], ["y"], name="drop"))
+        return load_model(save(tmp_path / "m.onnx", model)).notes
+
+    assert "training mode" in notes(training=True)[0] and not notes(training=False)
