@@ -1,0 +1,1 @@
+"""What a machine with a GPU can show; see docs/gpu.md."""
