@@ -19,6 +19,7 @@ from loracc.commands.extract import extract
 from loracc.commands.fold import fold
 from loracc.commands.inspect import inspect
 from loracc.commands.refit_trt import refit_trt
+from loracc.commands.slot import slot
 from loracc.commands.unfold import unfold
 from loracc.commands.verify import verify
 from loracc.errors import CheckFailed, LoraccError
@@ -43,7 +44,7 @@ def main() -> None:
     """A compiler for LoRA-adapted models: fold adapters into the weights, export, and prove what came out."""
 
 
-for _command in (fold, attach, verify, unfold, bench, inspect, convert, extract, build_trt, refit_trt):
+for _command in (fold, attach, slot, verify, unfold, bench, inspect, convert, extract, build_trt, refit_trt):
     main.add_command(_command)
 
 

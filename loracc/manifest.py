@@ -70,12 +70,14 @@ class Branch:
         kind: "linear" or "embedding".
         features: A is ``[features, rank]``.
         weights: B's, ``[rank, out]`` each.
+        layout: Of "batched": how the slots lie in them (:mod:`loracc.slot_layout`).
     """
 
     name: str
     kind: str
     features: int
     weights: tuple[BranchWeight, ...]
+    layout: str = ""
 
     def sites(self) -> Iterator[tuple[BranchWeight, Place]]:
         """Every site, in the order in which their ranks lie side by side."""
@@ -156,6 +158,7 @@ def _parsed(body: Any) -> Manifest:
                 )
                 for weight in branch["weights"]
             ),
+            str(branch["layout"]),
         )
         for branch in body["branches"]
     )

@@ -31,9 +31,10 @@ from loracc.verify_options import VerifyOptions
 from loracc.verify_structure import Match, compare_graphs
 from loracc.verify_weights import check_untouched
 
-__all__ = ["AttachedBase", "AttachedVerification", "Trial", "verify_attached"]
+__all__ = ["AttachedBase", "AttachedVerification", "More", "Trial", "verify_attached"]
 
 
+#: Further inputs for a set of the base's inputs.
 More = Callable[[Mapping[str, Array]], dict[str, Array]]
 
 
@@ -59,7 +60,7 @@ class Trial:
     Attributes:
         name: Of the adapter.
         bindings: Its deltas at the base's sites.
-        adapter_file: The ``.onnx_adapter`` beside the output that switches it on.
+        adapter_file: The ``.onnx_adapter`` that switches it on; a relative path is beside the output.
         more: Inputs that switch it on, for each set of the base's inputs.
     """
 

@@ -22,7 +22,7 @@ from loracc.passes.delta_nodes import BranchNodes, join
 from loracc.passes.delta_points import delta_points
 from loracc.sites import Site
 
-__all__ = ["AttachInputsPass", "refuse_attached"]
+__all__ = ["AttachInputsPass", "places_of", "refuse_attached"]
 
 
 class AttachInputsPass(ir.passes.InPlacePass):
@@ -86,7 +86,7 @@ class _Branch:
             min(nodes, key=order.__getitem__).prepend(down.made)
             for up, node, b in zip(group.ups, nodes, bs, strict=True):
                 join(node, t, b, BranchNodes(group.dtype, up.name + suffix))
-        weights = tuple(BranchWeight(str(b.name), up.out, _places(up)) for up, b in zip(group.ups, bs, strict=True))
+        weights = tuple(BranchWeight(str(b.name), up.out, places_of(up)) for up, b in zip(group.ups, bs, strict=True))
         return Branch(str(a.name), "embedding" if group.gathers else "linear", group.features, weights)
 
     def _down(self, x: ir.Value, a: ir.Value, readers: Sequence[ir.Node], nodes: BranchNodes) -> ir.Value:
@@ -112,7 +112,8 @@ class _Branch:
         return value
 
 
-def _places(up: Up) -> tuple[Place, ...]:
+def places_of(up: Up) -> tuple[Place, ...]:
+    """Where the sites of one weight lie in its product."""
     return tuple(
         Place(site.name, site.layout.start, up.out if site.layout.stop is None else site.layout.stop)
         for site in up.sites

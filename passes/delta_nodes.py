@@ -21,7 +21,7 @@ import onnx_ir as ir
 
 from loracc.errors import UnsupportedError
 
-__all__ = ["PREFIX", "BranchNodes", "detach", "join"]
+__all__ = ["PREFIX", "BranchNodes", "detach", "join", "subtract"]
 
 #: Names of all nodes that a branch adds.
 PREFIX = "loracc.delta/"
@@ -40,15 +40,21 @@ class BranchNodes:
         self.made: list[ir.Node] = []
 
     def __call__(
-        self, op: str, inputs: Sequence[ir.Value | None], part: str, dtype: ir.DataType | None = None, **attributes: Any
+        self,
+        op: str,
+        inputs: Sequence[ir.Value | None],
+        part: str,
+        dtype: ir.DataType | None = None,
+        outputs: int = 1,
+        **attributes: Any,
     ) -> ir.Value:
-        """One node; its value."""
+        """One node; its first value."""
         name = f"{PREFIX}{self.stem}/{part}"
-        node = ir.node(op, inputs, attributes=attributes, name=name)
-        out = node.outputs[0]
-        out.name, out.type = f"{name}.out", ir.TensorType(dtype or self.dtype)
+        node = ir.node(op, inputs, attributes=attributes, name=name, num_outputs=outputs)
+        for index, out in enumerate(node.outputs):
+            out.name, out.type = f"{name}.out{index or ''}", ir.TensorType(dtype or self.dtype)
         self.made.append(node)
-        return out
+        return node.outputs[0]
 
 
 def join(node: ir.Node, t: ir.Value, b: ir.Value, nodes: BranchNodes) -> None:
@@ -145,7 +151,7 @@ def detach(model: ir.Model, parameters: Sequence[str]) -> None:
             user.replace_input_with(index, end)
         _swap_output(graph, node.outputs[0], end, f"{node.name}.gone")
     graph.remove(branch, safe=True)
-    for name in parameters:
+    for name in (*parameters, *(str(name) for name in graph.initializers if str(name).startswith(PREFIX))):
         value = graph.initializers.pop(name, None)
         for index, given in enumerate(list(graph.inputs)):
             if given is value or given.name == name:

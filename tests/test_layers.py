@@ -18,7 +18,7 @@ LAYERS = (
     ("sites", "tensors", "fused", "concatenated"),
     ("encodings.*",),
     ("folded", "requantized", "facts"),
-    ("model", "progress", "manifest"),
+    ("model", "progress", "manifest", "slot_layout"),
     ("passes.*",),
     ("sources.*", "formats.*", "streaming", "staging"),
     ("targets.*",),

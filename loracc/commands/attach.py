@@ -16,6 +16,8 @@ _EPILOG = """\b
 Examples:
   loracc attach base.onnx adapter/ -o out.onnx          out.onnx, and adapter.onnx_adapter beside it
   loracc attach hf_folder/ style=a/ task=b/ -o out.onnx --sum both=style+task@0.5
+  loracc attach out.onnx third/ -o third.onnx_adapter   one more adapter for that graph
+  loracc attach base.onnx a/ b/ -o out.onnx --as batched --slots 8 --rank 16
   loracc attach base.onnx a/ b/ --as triton -o models/
 
 \b
@@ -41,6 +43,12 @@ Ways of switching (--as):
     multiple=True,
     metavar="NAME=a+b@0.5",
     help="Of inputs: one more adapter, the exact weighted sum of others. Repeatable.",
+)
+@click.option(
+    "--slots", type=click.IntRange(1), metavar="N", help="Of batched: places for adapters, some to fill later."
+)
+@click.option(
+    "--rank", type=click.IntRange(1), metavar="R", help="Of batched: room of each place (default: what is needed)."
 )
 @click.option(
     "--backend",

@@ -48,7 +48,8 @@ def attach(
         model: A model file or folder, as for :func:`loracc.fold`.
         adapters: Files or folders, each optionally ``NAME=PATH`` and ``PATH@WEIGHT``; each stays one of its own.
         output: An ``.onnx`` file; what else the mode writes goes beside it; a folder with "triton". With "variants" and
-            the graph of a deployment as model and output, the adapters are added to it.
+            the graph of a deployment as model and output, the adapters are added to it. An ``.onnx_adapter`` where
+            ``model`` is a graph of "inputs": the adapters' exact sum is written for it, and the graph left as it is.
         mode: A name of :data:`loracc.switching.modes.MODES`.
         sums: "inputs": further adapters that are exact sums of the given ones, ``NAME=a+b@0.5``.
         slots: "batched": how many places for adapters; as many as adapters when None.
@@ -68,6 +69,7 @@ def attach(
     from loracc.job import Job
     from loracc.pipeline import load_traced, split_options
     from loracc.report import check_reports, write_report
+    from loracc.switching.one_more import OneMore, write_one_more
     from loracc.switching.request import AttachRequest, Bound
     from loracc.switching.variants import add_variants, adds_to
 
@@ -83,13 +85,22 @@ def attach(
         for path in reports:
             write_report(result.to_json(), path)
         return result
-    job = Job.of(output, dtype, external, progress)
     specs = [parse_adapter_spec(str(adapter)) for adapter in adapters]
     inputs = (Path(model), *(Path(spec.path) for spec in specs))
-    job.check(inputs, force=force or dry_run)
-    check_reports(reports, [*inputs, job.output])
     load, told = split_options(options)
     read = read_adapters(specs, told, combine=None, density=None, rank=None, seed=0)
+    if Path(output).suffix.lower() == ".onnx_adapter":
+        check_reports(reports, [*inputs, Path(output)])
+        if sums or dtype is not None:
+            raise InputError("--sum and --dtype mean nothing to an .onnx_adapter: several adapters add up in it.")
+        call = OneMore(Path(model), Path(output), verify, force, dry_run)
+        more = write_one_more(call, load_traced(model, load), read, maps, allow_unmatched)
+        for path in reports:
+            write_report(more.to_json(), path)
+        return more
+    job = Job.of(output, dtype, external, progress)
+    job.check(inputs, force=force or dry_run)
+    check_reports(reports, [*inputs, job.output])
     base = load_traced(model, load)
     base, found = bind_each_by_content(base, read, maps, allow_unmatched, original)
     bound = tuple(Bound(*pair) for pair in zip(read, found, strict=True))
@@ -124,8 +135,11 @@ def _check_call(mode: str, adapters: Sequence[Path_], output: Path_, given: dict
     if MODES[mode].folder:
         if Path(output).suffix.lower() in (".onnx", ".pt2", ".safetensors"):
             raise InputError(f"{output}: --as {mode} writes a folder.", hint="Name one with -o.")
-    elif Path(output).suffix.lower() != ".onnx":
-        raise InputError(f"{output}: attach writes .onnx files.", hint="Name the output OUT.onnx.")
+    elif Path(output).suffix.lower() not in (".onnx", ".onnx_adapter"):
+        raise InputError(
+            f"{output}: attach writes .onnx files (and .onnx_adapter files for a graph that it wrote before).",
+            hint="Name the output OUT.onnx.",
+        )
     for option, value in given.items():
         if value and option not in MODES[mode].options:
             takers = [name for name, known in MODES.items() if option in known.options]

@@ -18,7 +18,7 @@ from loracc.sites import write_records
 from loracc.switching.request import AttachRequest, AttachResult
 from loracc.targets.onnx_file import stamp
 from loracc.verdict import Verification
-from loracc.verify_attached import AttachedBase, Trial, verify_attached
+from loracc.verify_attached import AttachedBase, More, Trial, verify_attached
 
 __all__ = ["AttachedTo", "attached_base", "finished", "write_attached"]
 
@@ -67,6 +67,7 @@ def write_attached(
     others: Callable[[Path], None],
     trials: Sequence[Trial],
     survived: Mapping[tuple[str, str], float | None],
+    off: More | None = None,
 ) -> AttachResult:
     """Write the graph and what goes beside it, prove it, and move it into place.
 
@@ -78,6 +79,7 @@ def write_attached(
         others: Writes them into a folder.
         trials: What to try for the proof.
         survived: By adapter and site, for the report.
+        off: Inputs that switch everything off, where the graph needs some for that.
     """
     job = request.job
     extra = tuple(companions)
@@ -94,14 +96,16 @@ def write_attached(
         stage.expected_bytes = plan.nbytes
         plan.write(job.progress)
         others(stage.path.parent)
-        verification = _verified(request, base, stage.path, trials) if request.verify else None
+        verification = _verified(request, base, stage.path, trials, off) if request.verify else None
         size = stage.size()
     return replace(result, files=stage.files, verification=verification, bytes=size)
 
 
-def _verified(request: AttachRequest, base: AttachedTo, path: Path, trials: Sequence[Trial]) -> Verification:
+def _verified(
+    request: AttachRequest, base: AttachedTo, path: Path, trials: Sequence[Trial], off: More | None
+) -> Verification:
     attached = AttachedBase(request.base, base.plain, request.job.dtype)
-    found = verify_attached(attached, path, trials)
+    found = verify_attached(attached, path, trials, off=off)
     if found.verdict == "fail":
         raise CheckFailed(
             f"{request.job.output}: the result did not pass its verification, and was not written.\n{found.summary()}",

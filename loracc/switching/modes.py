@@ -40,6 +40,11 @@ MODES: dict[str, Mode] = {
         "loracc.switching.inputs",
         frozenset({"sums"}),
     ),
+    "batched": Mode(
+        "all adapters are stacked in the graph; the input adapter_ids chooses one for each row of a batch",
+        "loracc.switching.batched",
+        frozenset({"slots", "rank"}),
+    ),
     "variants": Mode(
         "the base's own graph; weights are folded when an adapter is loaded: any kind, no cost per call",
         "loracc.switching.variants",
