@@ -51,7 +51,7 @@ def test_an_adapter_of_another_base(folder: Path) -> None:
 
 
 def test_an_adapter_for_no_graph(folder: Path, tmp_path: Path) -> None:
-    loracc.convert_adapter(folder / "a.onnx_adapter", tmp_path / "again.onnx_adapter")
+    write_parameters(tmp_path / "again.onnx_adapter", read_parameters(folder / "a.onnx_adapter"))
     with pytest.raises(InputError, match="no particular graph"):
         load_adapter(session(folder / "out.onnx"), tmp_path / "again.onnx_adapter")
 

@@ -33,8 +33,8 @@ def forward(
     if path is not None:
         model = peft.PeftModel.from_pretrained(model, path).eval()
         for module in model.modules():
-            if weight != 1.0 and hasattr(module, "scale_layer"):
-                module.scale_layer(weight)
+            for name in getattr(module, "scaling", {}) if weight != 1.0 else ():
+                module.scaling[name] *= weight
     with torch.no_grad():
         result = model(**models.torch_inputs(inputs))[0]
     return np.asarray(result.float().numpy())
