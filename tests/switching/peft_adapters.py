@@ -33,8 +33,8 @@ def forward(
     if path is not None:
         model = peft.PeftModel.from_pretrained(model, path).eval()
         for module in model.modules():
-            for name in getattr(module, "scaling", {}) if weight != 1.0 else ():
-                module.scaling[name] *= weight
+            if hasattr(module, "lora_A"):
+                module.scaling = {name: value * weight for name, value in module.scaling.items()}
     with torch.no_grad():
         result = model(**models.torch_inputs(inputs))[0]
     return np.asarray(result.float().numpy())
