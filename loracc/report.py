@@ -206,6 +206,10 @@ def print_inspection(found: dict[str, Any], console: Console, *, sites: bool = F
     for key, value in found.items():
         if key == "lora":
             continue
+        if key == "count":
+            share = f" of {value['total']:,} ({100 * value['share']:.3g} %)" if "total" in value else ""
+            table.add_row("trainable", f"{value['trainable']:,}{share}")
+            continue
         if key in ("sites", "entries"):
             table.add_row(key, str(len(value)))
         elif key == "made_by_loracc":

@@ -24,7 +24,7 @@ LAYERS = (
     ("targets.*",),
     ("runners.*", "device_clock", "timing.*", "verdict.*", "coverage", "provenance", "decoder_inputs", "sample_inputs"),
     ("verification", "verify.*", "bench_grid"),
-    ("report.*", "bench_files", "inspection"),
+    ("report.*", "bench_files", "inspection", "counting"),
     ("lower", "job", "estimate", "packed_factors"),
     ("content",),
     ("binding", "fold_result", "save_raised", "combine", "recorded"),

@@ -5,7 +5,7 @@
 Simulated: a machine whose runs take log-normal times, drift, and are interrupted now and then, read through the same
 blocks and the same test as a real one. Real: stacks of 100, 101, 102, 103 and 105 equal matrix products in ONNX Runtime
 on the CPU, against 100 of them, and a copy of that as the noise floor. The margin is 2 %: at 0 and 1 % a pass is right
-and a failure wrong, at 3 and 5 % the other way round; 2 % lies on the border, where a pass may come in one of forty.
+and a failure wrong, at 3 and 5 % the other way round; 2 % lies on the border: there a pass may come in one of forty.
 """
 
 from __future__ import annotations
@@ -48,9 +48,8 @@ def simulated(machine: str, seed: int, seconds: float, processes: int = 4) -> li
             def call(repeats: int) -> float:
                 level[0] += rng.normal(0.0, drift)
                 spike = rng.exponential(0.5) if rng.random() < interrupted else 0.0
-                return float(
-                    repeats * 0.003 * factor * offset * np.exp(level[0] + rng.normal(0.0, noise)) * (1 + spike)
-                )
+                usual = 0.003 * factor * offset * np.exp(level[0] + rng.normal(0.0, noise))
+                return float(repeats * usual * (1 + spike))
 
             return call
 
