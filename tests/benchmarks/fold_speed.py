@@ -24,9 +24,9 @@ from pathlib import Path
 
 from tests.benchmarks.workloads import WORKLOADS, make
 
-__all__ = ["Run", "main", "measure", "table"]
+__all__ = ["PEFT", "Run", "main", "measure", "table", "warm"]
 
-_PEFT = """
+PEFT = """
 import sys, torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
@@ -74,7 +74,7 @@ def contenders(folder: Path, *, peft: bool) -> dict[str, list[str]]:
     fold = [sys.executable, "-m", "loracc", "fold", base, adapter, "-o", out, "--no-verify", "--quiet"]
     found = {"cp -r": ["cp", "-r", base, out], "loracc fold": fold}
     if peft:
-        found["PEFT load, merge, save"] = [sys.executable, "-c", _PEFT, base, adapter, out]
+        found["PEFT load, merge, save"] = [sys.executable, "-c", PEFT, base, adapter, out]
     return found
 
 
@@ -82,7 +82,7 @@ def rounds(folder: Path, count: int, *, peft: bool) -> dict[str, list[Run]]:
     """Every contender once a round."""
     commands = contenders(folder, peft=peft)
     runs: dict[str, list[Run]] = {name: [] for name in commands}
-    _warm(folder)
+    warm(folder)
     for index in range(count):
         for name, command in commands.items():
             os.sync()
@@ -93,7 +93,7 @@ def rounds(folder: Path, count: int, *, peft: bool) -> dict[str, list[Run]]:
     return runs
 
 
-def _warm(folder: Path) -> None:
+def warm(folder: Path) -> None:
     """Read every input once."""
     for path in sorted(folder.rglob("*")):
         if path.is_file():
@@ -102,16 +102,15 @@ def _warm(folder: Path) -> None:
                     pass
 
 
-def table(runs: dict[str, list[Run]], size: int) -> str:
+def table(runs: dict[str, list[Run]], size: int, reference: str = "cp -r") -> str:
     """The medians as Markdown."""
     lines = [
-        "| | wall, s (median) | wall, s (all) | CPU, s | peak memory, MB | times `cp -r` (median of pairs) | GB/s |",
+        f"| | wall, s (median) | wall, s (all) | CPU, s | peak memory, MB | times {reference} (pairs) | GB/s |",
         "|---|---|---|---|---|---|---|",
     ]
-    reference = runs["cp -r"]
     for name, own in runs.items():
         wall = statistics.median(run.wall for run in own)
-        ratio = statistics.median(run.wall / other.wall for run, other in zip(own, reference, strict=True))
+        ratio = statistics.median(run.wall / other.wall for run, other in zip(own, runs[reference], strict=True))
         cells = (
             name,
             f"{wall:.2f}",
