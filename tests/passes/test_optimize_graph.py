@@ -70,3 +70,27 @@ def test_tensors_are_given_back_when_a_pass_fails(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(RuntimeError, match="broken pass"):
         OptimizeGraph({"w"})(model)
     assert model.graph.initializers["w"].const_value is not None
+
+
+def chain(length: int) -> ir.Model:
+    x = last = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([2]))
+    nodes = []
+    for _ in range(length):
+        nodes.append(ir.node("Sin", [last]))
+        last = nodes[-1].outputs[0]
+    return ir.Model(ir.Graph([x], [last], nodes=nodes, opset_imports={"": 20}), ir_version=10)
+
+
+def test_a_longer_graph_is_not_looked_through_at_each_of_its_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks: list[int] = []
+    identifier = ir.Node.op_identifier
+
+    def counted(node: ir.Node) -> tuple[str, str, str]:
+        looks[-1] += 1
+        return identifier(node)
+
+    monkeypatch.setattr(ir.Node, "op_identifier", counted)
+    for length in (100, 200):
+        looks.append(0)
+        OptimizeGraph(())(chain(length))
+    assert looks[1] < 2.5 * looks[0], looks
