@@ -166,8 +166,10 @@ class Staging:
         return self._root / "new" / self.destination.name
 
     def size(self) -> int:
-        """Bytes of what has been written so far; only inside the ``with`` block."""
-        return sum(file.stat().st_size for file in self.path.parent.rglob("*") if file.is_file())
+        """Bytes of what has been written so far, links to what is in place aside; only inside the ``with`` block."""
+        new, home = self.path.parent, self.destination.parent
+        files = (file for file in new.rglob("*") if file.is_file())
+        return sum(file.stat().st_size for file in files if not _same_file(file, home / file.relative_to(new)))
 
     def __enter__(self) -> Staging:
         self._catch_signals()

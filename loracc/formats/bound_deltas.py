@@ -49,7 +49,7 @@ def write_bindings(path: Path, bindings: Sequence[Binding]) -> None:
     Raises:
         UnsupportedError: A delta holds what no file can.
     """
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
     writer = _Writer()
     rows = [
@@ -63,7 +63,7 @@ def write_bindings(path: Path, bindings: Sequence[Binding]) -> None:
         for binding in bindings
     ]
     text = json.dumps({"version": _VERSION, "bindings": rows}, separators=(",", ":"))
-    save_file(writer.tensors, path, {KEY: text})
+    path.write_bytes(save(writer.tensors, {KEY: text}))  # save_file would make it unreadable for other users
 
 
 def read_bindings(path: Path) -> list[Binding]:

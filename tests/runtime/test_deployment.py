@@ -107,8 +107,10 @@ def test_linked_weights_stay_in_the_base_file(folder: str, tmp_path: Path) -> No
     big.parent.mkdir(parents=True, exist_ok=True)
     graph = onnx.load(base(tmp_path))
     onnx.save(graph, big, save_as_external_data=True, location="big.data", size_threshold=0)
-    attach_variants(big, [adapter(tmp_path / "a")], tmp_path / "out.onnx", external="link")
+    result = attach_variants(big, [adapter(tmp_path / "a")], tmp_path / "out.onnx", external="link")
     assert not (tmp_path / "out.onnx.data").exists()
+    written = [file for file in tmp_path.rglob("out.onnx*") if file.is_file()]
+    assert result.bytes == sum(file.stat().st_size for file in (*written, *(tmp_path / "out.onnx.variants").iterdir()))
     with Deployment(tmp_path / "out.onnx", verify=True) as opened:
         np.testing.assert_array_equal(opened.run(None, feed())["y"], outputs(big, feed())[0])
         assert np.abs(opened.run("a", feed())["y"] - opened.run(None, feed())["y"]).max() > 0.1
