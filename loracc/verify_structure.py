@@ -1,8 +1,8 @@
 """Is the output's graph the base's graph? Isomorphism, independent of the names of nodes and inner values.
 
 The walk starts at the outputs, which carry the same names in both graphs, and pairs values: two values match when their
-types agree and their producers are the same operator with the same attributes and matching inputs. Every node must be
-reached or matched by its own kind at the end, so that a dead node is a difference too. An initializer of the base may
+types agree and their producers are the same operator with the same attributes and matching inputs. What no output
+needs is paired afterwards, from the end: a dead node more or less is a difference too. An initializer of the base may
 match several of the output (un-sharing a weight that only some of its readers change); never the other way round.
 """
 
@@ -134,6 +134,7 @@ class _Walk:
             if key in others:
                 self._bodies(functions[key], others[key], f"function {key[1]}")
         self._walk()
+        self._unread()
         for side, model, seen in (("base", self.base, self._nodes), ("output", self.out, self._nodes_back)):
             for node in nodes_of(model):
                 if node not in seen:
@@ -189,6 +190,19 @@ class _Walk:
                     self._differ(f"{where}: an optional input is there in only one of the graphs")
                 continue
             self._match(one, other, where)
+
+    def _unread(self) -> None:
+        """Nodes that no output needs, and what only they need: the last of each graph, then the last that is left."""
+        ours, theirs = list(nodes_of(self.base)), list(nodes_of(self.out))
+        while True:
+            while ours and ours[-1] in self._nodes:
+                ours.pop()
+            while theirs and theirs[-1] in self._nodes_back:
+                theirs.pop()
+            if not ours or not theirs or ours[-1].op_identifier() != theirs[-1].op_identifier():
+                return  # what has no partner is told as a difference
+            self._node(ours.pop(), theirs.pop())
+            self._walk()
 
     def _match(self, one: ir.Value, other: ir.Value, where: str) -> None:
         if self._values.get(one) is other:

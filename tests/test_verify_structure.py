@@ -132,6 +132,21 @@ def test_a_difference_is_found_and_said(change: Callable[[ir.Model], None], word
     assert result.structure.reason == result.structure.differences[0]
 
 
+def test_dead_nodes_of_the_base_stay_in_the_output(tmp_path: Path) -> None:
+    base = build("attention")
+    dead_node(base.ir)
+    reader = ir.node("Neg", [base.ir.graph.node("dead").outputs[0]], name="dead reader")
+    reader.outputs[0].name = "dead_reader_out"
+    base.ir.graph.append(reader)
+    bindings = bind(base)
+    out = folded(base, bindings)
+    result = verify(base, write(base, out, tmp_path / "out.onnx"), bindings, OPTIONS)
+    assert result.structure.verdict == "pass", result.structure.differences
+    out.graph.remove(out.graph.node("dead reader"), safe=True)
+    result = verify(base, write(base, out, tmp_path / "less.onnx"), bindings, OPTIONS)
+    assert any("Neg 'dead reader'" in text for text in result.structure.differences)
+
+
 def test_names_and_order_do_not_matter(tmp_path: Path) -> None:
     base = build("attention")
     bindings = bind(base)
