@@ -30,6 +30,10 @@ __all__ = [
 ]
 
 
+#: Of the JSON, as docs/verification.md has it: keys are added within a number, never renamed or removed.
+SCHEMA = 1
+
+
 @dataclass(frozen=True)
 class WeightSite:
     """One bound initializer of the output against the float64 oracle.
@@ -279,6 +283,7 @@ class Verification:
     def to_json(self) -> dict[str, Any]:
         """The contract of ``verify --json`` (DESIGN.md 2). JSON has no infinity: an error without bound is null."""
         body: dict[str, Any] = {
+            "schema": SCHEMA,
             "verdict": self.verdict,
             "reason": self.reason,
             "numbers": self.numbers.to_json(),

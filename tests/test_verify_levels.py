@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -87,3 +88,15 @@ def test_coverage_counts_every_tensor_once() -> None:
     twice = coverage_of([adapter], [*bindings, bindings[0]], [])
     assert twice.verdict == "fail" and "bound twice" in twice.reason
     assert coverage_of([], bindings, []).verdict == "skipped"
+
+
+def test_every_key_is_documented(tmp_path: Path) -> None:
+    base = build("mlp")
+    bindings = bind(base)
+    out = write(base, folded(base, bindings), tmp_path / "o.onnx")
+    body = verify(base, out, bindings, replace(OPTIONS, coverage=coverage_of([], bindings, []))).to_json()
+    page = (Path(__file__).parent.parent / "docs" / "verification.md").read_text(encoding="utf-8")
+    known = {word for line in page.splitlines() if line.startswith("|") for word in re.findall(r"\w+", line)}
+    keys = {*body, *body["numbers"], *body["structure"], *body["latency"], *body["numbers"]["coverage"]}
+    assert body["schema"] == 1
+    assert not keys - known
