@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from loracc.model import BaseModel
     from loracc.passes.bind_adapter import BindResult
     from loracc.progress import Progress
+    from loracc.task_data import TaskData
     from loracc.verdict import Verification
 
 __all__ = ["FoldResult", "fold", "load_traced", "split_options", "verify"]
@@ -118,6 +119,9 @@ def verify(
     combine: str | None = None,
     density: float | None = None,
     rank: int | None = None,
+    labels: Path_ | None = None,
+    text: Path_ | None = None,
+    tokenizer: Path_ | None = None,
     reference: str = "fp32",
     taps: bool = False,
     latency: bool = False,
@@ -142,6 +146,8 @@ def verify(
         original: As given to :func:`fold`.
         combine, density, rank: As given to :func:`fold`.
         reference: "fp32": the unfused model in higher precision than the output; "as-trained": in the base's own type.
+        labels: ``.npz`` with the right classes ("labels") of the inputs given: accuracy of base, unfused and folded.
+        text: Text, a sample a line: perplexity of the three, with the model's own tokenizer or that in ``tokenizer``.
         taps: Also measure the error right after every site.
         latency: Also compare latency with the base.
         provider: What runs the models: "cpu", "cuda", ...
@@ -168,7 +174,7 @@ def verify(
     if base is None:
         base, adapters, recorded = found_inputs(output, search, adapters, options)
         asked = {
-            "reference": reference, "taps": taps,
+            "labels": labels, "text": text, "tokenizer": tokenizer, "reference": reference, "taps": taps,
             "latency": latency, "provider": provider, "threads": threads, "seconds": seconds, "processes": processes,
             "margin": margin, "seed": seed, "reports": reports, "junit": junit, "progress": progress,
         }  # fmt: skip
@@ -193,6 +199,7 @@ def verify(
         loaded, bound = raise_adapters(loaded)
     judging = VerifyOptions(
         inputs=dict(loaded.sample_inputs) if load.get("inputs_file") else {},
+        task=_task(loaded, labels, text, tokenizer, load),
         truth=reference,
         taps=taps,
         coverage=coverage_of(read, bound.bindings, bound.unmatched, bound.elsewhere),
@@ -207,6 +214,23 @@ def verify(
     )
     result = judge(loaded, made, bound.bindings, judging, progress)
     return _reported(result, reports, junit)
+
+
+def _task(
+    model: BaseModel, labels: Path_ | None, text: Path_ | None, tokenizer: Path_ | None, load: dict[str, Any]
+) -> TaskData | None:
+    """What to score, when anything."""
+    from loracc.task_data import from_labels, from_text
+
+    if labels is not None and text is not None:
+        raise InputError("--labels and --text are two ways to give answers.", hint="Leave one of them out.")
+    if tokenizer is not None and text is None:
+        raise InputError("--tokenizer means nothing without --text.")
+    if (labels is not None or text is not None) and not model.traced:
+        raise InputError("a checkpoint has no graph to run, so no task can be scored.", hint="Verify an .onnx.")
+    if labels is not None:
+        return from_labels(labels, model.sample_inputs if load.get("inputs_file") else {})
+    return from_text(text, model, tokenizer) if text is not None else None
 
 
 def _reported(result: Verification, reports: Sequence[Path_], junit: Path_ | None) -> Verification:

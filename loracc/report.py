@@ -135,6 +135,8 @@ def print_verification(verification: Verification, console: Console) -> None:
     console.print(table)
     for site in (body["numbers"].get("end_to_end") or {}).get("sites", []):
         console.print(Text(f"after {site['site']}: error {_number(site['error'])}"))
+    for model, scores in ((body["numbers"].get("end_to_end") or {}).get("task") or {}).items():
+        console.print(Text(f"{model:8} " + ", ".join(f"{name} {value:.5g}" for name, value in scores.items())))
     unmeasured = " (latency was not measured: --latency)" if body["latency"]["verdict"] == "skipped" else ""
     console.print(Text.assemble("verdict: ", (body["verdict"], _STYLE.get(body["verdict"], "")), unmeasured))
 

@@ -156,6 +156,7 @@ class EndToEnd:
         sites: Errors after each bound site, when the check failed or ``taps`` were asked for; the first that is off is
             the culprit.
         worst_site: The site after which the error is largest.
+        task: Where there were labels or text, the scores of "base", "unfused" and "folded": accuracy, perplexity.
         draws: How many input draws, and where they come from.
         notes: What the reader must know about how it was computed.
     """
@@ -174,6 +175,7 @@ class EndToEnd:
     outputs: tuple[OutputError, ...] = ()
     sites: tuple[SiteError, ...] = ()
     worst_site: str = ""
+    task: dict[str, dict[str, float]] = field(default_factory=dict)
     draws: str = ""
     notes: tuple[str, ...] = ()
 

@@ -42,6 +42,7 @@ from loracc.verify_memory import available_memory, weights_in
 from loracc.verify_metrics import Outputs, further_metrics, is_float_array, relative_error, relative_l2
 from loracc.verify_options import VerifyOptions
 from loracc.verify_structure import Match
+from loracc.verify_task import task_scores
 
 __all__ = ["check_end_to_end"]
 
@@ -101,7 +102,10 @@ def check_end_to_end(
     if (reason := _too_large(case)) is not None:
         return EndToEnd("skipped", reason)
     try:
-        inputs, origin = draw_inputs(base, seed=options.seed, draws=options.draws, given=options.inputs)
+        if options.task is not None:
+            inputs, origin = [dict(one) for one in options.task.inputs], "the inputs that have answers"
+        else:
+            inputs, origin = draw_inputs(base, seed=options.seed, draws=options.draws, given=options.inputs)
     except InputError as error:
         if options.inputs:
             raise
@@ -168,6 +172,9 @@ def _compare(case: _Case, inputs: list[dict[str, Array]]) -> EndToEnd:
     wrapped = any("float32" in note for note in unfused.notes)
     noise = _NOISE * unit_roundoff(ir.DataType.FLOAT if wrapped else case.reference)
     result = replace(_judge(reference, base, own, made, case, noise), notes=notes)
+    if options.task is not None:
+        runs = {"base": base, "unfused": own, "folded": made}
+        result = replace(result, task=task_scores(runs, options.task.labels))
     wrong = (result.verdict == "fail" or options.taps) and result.effect and case.made is None
     return _localised(case, result, inputs[:1]) if wrong else result
 

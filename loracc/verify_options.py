@@ -9,6 +9,7 @@ import onnx_ir as ir
 
 from loracc.coverage import Coverage
 from loracc.dtypes import Array
+from loracc.task_data import TaskData
 
 __all__ = ["VerifyOptions"]
 
@@ -31,6 +32,7 @@ class VerifyOptions:
         truth: "fp32": the unfused model in higher precision than the output; "as-trained": the unfused model in the
             base's own type, with that type's roundings, which is what the trainer saw.
         taps: Measure the error after every bound site, and not only when the check fails.
+        task: Inputs with answers; scored, and compared in place of all other inputs.
         coverage: What became of the adapters' tensors, from where they were bound.
         end_to_end: Run the models; the weights are checked in any case.
         memory_share: Share of the free memory that the reference may take; above it, end to end is skipped.
@@ -51,6 +53,7 @@ class VerifyOptions:
     raised_from: ir.Model | None = None
     truth: str = "fp32"
     taps: bool = False
+    task: TaskData | None = None
     coverage: Coverage | None = None
     end_to_end: bool = True
     memory_share: float = 0.4

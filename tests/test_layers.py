@@ -23,6 +23,7 @@ LAYERS = (
     ("sources.*", "formats.*", "streaming", "staging"),
     ("targets.*",),
     ("runners.*", "device_clock", "timing.*", "verdict.*", "coverage", "provenance", "decoder_inputs", "sample_inputs"),
+    ("task_data",),
     ("verification", "verify.*", "bench_grid"),
     ("report.*", "bench_files", "inspection", "counting"),
     ("lower", "job", "estimate", "packed_factors"),

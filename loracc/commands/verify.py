@@ -52,6 +52,15 @@ Exit code 0 when every check passed, 1 when one said no, 2 when the call or a fi
     "--reference", type=click.Choice(["fp32", "as-trained"]), default="fp32", show_default=True,
     help="The truth: the unfused model in higher precision than the output, or in the base's own type.",
 )  # fmt: skip
+@click.option(
+    "--labels", metavar="FILE.npz", type=click.Path(),
+    help="The right classes ('labels') of --inputs: accuracy of base, unfused and folded.",
+)  # fmt: skip
+@click.option(
+    "--text", metavar="FILE", type=click.Path(),
+    help="Text, a sample a line, for the model's own tokenizer: perplexity of base, unfused and folded.",
+)  # fmt: skip
+@click.option("--tokenizer", metavar="DIR", type=click.Path(), help="Of --text, when it does not lie with the model.")
 @click.option("--taps", is_flag=True, help="Measure the error right after every site (always done when a check fails).")
 @click.option("--latency/--no-latency", default=False, help="Also compare latency with the base (takes a while).")
 @timing_options(seconds=30.0)
