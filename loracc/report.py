@@ -117,6 +117,10 @@ def print_attached(result: AttachResult, console: Console) -> None:
         table.add_row(f"... and {len(result.adapters) - _SHOWN} more (--json lists all)")
     console.print(table)
     print_fold(result, console)
+    off = result.verification.to_json().get("off") if result.verification is not None else None
+    if off is not None:
+        said = off["reason"] or "the base's outputs, bit for bit"
+        console.print(Text(f"without an adapter: {off['verdict']}: {said}"))
 
 
 def print_verification(verification: Verification, console: Console) -> None:
