@@ -32,6 +32,7 @@ from loracc.dtypes import Array
 from loracc.errors import InputError, UnsupportedError
 from loracc.folded import Binding
 from loracc.formats.tensors import check_tensors, read_tensors
+from loracc.formats.write_tensors import write_tensors
 from loracc.sites import Layout, Site
 
 __all__ = ["KEY", "read_bindings", "write_bindings"]
@@ -49,7 +50,6 @@ def write_bindings(path: Path, bindings: Sequence[Binding]) -> None:
     Raises:
         UnsupportedError: A delta holds what no file can.
     """
-    from safetensors.numpy import save
 
     writer = _Writer()
     rows = [
@@ -63,7 +63,7 @@ def write_bindings(path: Path, bindings: Sequence[Binding]) -> None:
         for binding in bindings
     ]
     text = json.dumps({"version": _VERSION, "bindings": rows}, separators=(",", ":"))
-    path.write_bytes(save(writer.tensors, {KEY: text}))  # save_file would make it unreadable for other users
+    write_tensors(path, writer.tensors, {KEY: text})
 
 
 def read_bindings(path: Path) -> list[Binding]:

@@ -11,12 +11,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from safetensors.numpy import save_file
 
 from loracc.dtypes import Array
 from loracc.errors import UnsupportedError
 from loracc.formats.factors import Factors, alpha_of, refuse
 from loracc.formats.kohya_names import NAMES_KEY, mangle
+from loracc.formats.write_tensors import write_tensors
 
 __all__ = ["PREFIX", "write_kohya"]
 
@@ -42,7 +42,7 @@ def write_kohya(factors: Sequence[Factors], path: Path) -> tuple[str, ...]:
             raise UnsupportedError(f"kohya's format cannot tell {names[name]} from {one.module}: both are {name}.")
         names[name] = one.module
         tensors |= {f"{name}.{tail}": np.ascontiguousarray(array) for tail, array in _tensors(one).items()}
-    save_file(tensors, path, metadata={NAMES_KEY: json.dumps(names, separators=(",", ":"))})
+    write_tensors(path, tensors, {NAMES_KEY: json.dumps(names, separators=(",", ":"))})
     turned = any(one.fan_in_fan_out for one in factors)
     return ("fan_in_fan_out is not kept: the model tells how its weights lie.",) if turned else ()
 

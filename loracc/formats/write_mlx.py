@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
 
 from loracc.dtypes import Array
 from loracc.errors import UnsupportedError
 from loracc.formats.adapter_source import CONFIG
 from loracc.formats.factors import Factors, refuse
+from loracc.formats.write_tensors import write_tensors
 
 __all__ = ["write_mlx"]
 
@@ -43,7 +43,7 @@ def write_mlx(factors: Sequence[Factors], folder: Path) -> tuple[str, ...]:
             listed = ", ".join(f"{value:g}" for value in sorted(values))
             raise UnsupportedError(f"MLX's format has one {what} for all modules, and this adapter has {listed}.")
     tensors = {key: np.ascontiguousarray(array) for one in factors for key, array in _tensors(one).items()}
-    save_file(tensors, folder / "adapters.safetensors")
+    write_tensors(folder / "adapters.safetensors", tensors)
     (folder / CONFIG).write_text(json.dumps(_config(factors), indent=4) + "\n", encoding="utf-8")
     turned = any(one.fan_in_fan_out for one in factors)
     return ("fan_in_fan_out is not kept: the model tells how its weights lie.",) if turned else ()

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
 
 from loracc.adapter import Entry
 from loracc.deltas import DoRA, LowRank, Replacement
@@ -28,6 +27,7 @@ from loracc.dtypes import Array
 from loracc.errors import InputError, UnsupportedError, combined
 from loracc.formats.factors import alpha_of
 from loracc.formats.peft_keys import BASE_LAYER, PREFIXES
+from loracc.formats.write_tensors import write_tensors
 
 __all__ = ["peft_files", "write_peft"]
 
@@ -51,7 +51,7 @@ def write_peft(entries: Sequence[Entry], folder: Path, *, fan_in_fan_out: bool =
     tensors, config = peft_files(entries, fan_in_fan_out=fan_in_fan_out, base=base)
     model, settings = folder / "adapter_model.safetensors", folder / "adapter_config.json"
     try:
-        save_file({key: np.ascontiguousarray(array) for key, array in tensors.items()}, model, {"format": "pt"})
+        write_tensors(model, {key: np.ascontiguousarray(array) for key, array in tensors.items()}, {"format": "pt"})
         settings.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     except OSError as error:
         raise InputError(f"{folder}: cannot be written: {error.strerror or error}.") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -226,3 +227,15 @@ def test_a_weight_is_multiplied_into_the_scale(tmp_path: Path) -> None:
 
 def test_every_writer_is_there() -> None:
     assert [callable(writer.load()) for writer in loracc.convert.WRITERS] == [True] * 4
+
+
+@pytest.mark.parametrize("name", ["peft", "lora.safetensors", "mlx"])
+def test_others_may_read_what_is_written(name: str, tmp_path: Path) -> None:
+    mask = os.umask(0o022)
+    try:
+        out, told = tmp_path / f"to-{name}", ["--to", "mlx"] if name == "mlx" else []
+        assert run(["convert", str(peft(tmp_path / "from", tensors())), "-o", str(out), "--quiet", *told]) == 0
+    finally:
+        os.umask(mask)
+    files = [out] if out.is_file() else list(out.iterdir())
+    assert files and all(file.stat().st_mode & 0o044 == 0o044 for file in files)
