@@ -217,7 +217,7 @@ def link(folder: Path, _rounds: int) -> Iterator[str]:
     yield f"GPT-2 124M as ONNX ({whole / 1e6:.0f} MB), an adapter on `attn.c_proj` ({changed / 1e6:.1f} MB change)"
     yield "folded a hundred times with `--data-layout link`: "
     yield f"{used / 1e6:.0f} MB on the disk, {used / 100 / 1e6:.1f} MB a variant, where copies would take "
-    yield f"{whole / 1e4:.1f} GB.\n"
+    yield f"{whole / 1e7:.1f} GB.\n"
     shutil.rmtree(home)
 
 
