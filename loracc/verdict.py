@@ -249,8 +249,8 @@ class Numbers:
         sites = self.weights.sites
         share = min((site.correctly_rounded for site in sites), default=None)
         text = "" if share is None else f"{len(sites)} weights, {100 * share:.4g} % correctly rounded"
-        skipped = self.end_to_end.verdict == "skipped"
-        return f"{text}; end to end skipped: {self.end_to_end.reason}" if skipped else text
+        skipped = f"end to end skipped: {self.end_to_end.reason}" if self.end_to_end.verdict == "skipped" else ""
+        return "; ".join(part for part in (text, skipped) if part)
 
 
 @dataclass(frozen=True)

@@ -311,6 +311,10 @@ def _coefficient(form: Form) -> Array:
     return np.asarray(sum(parts[1:], parts[0]))
 
 
+#: What tells a shape and no number.
+_SHAPES = frozenset({"Shape", "Size"})
+
+
 def _check_uses(group: Group, planner: _Planner, going: Collection[ir.Node]) -> None:
     """Nothing but the change itself reads what it changes or removes."""
     for node in sorted(planner.touched - {group.root}, key=lambda n: str(n.name)):
@@ -321,6 +325,8 @@ def _check_uses(group: Group, planner: _Planner, going: Collection[ir.Node]) -> 
             if output.is_graph_output():
                 raise Refused(f"{what} is an output of the graph", node=stays)
             for use in output.uses():
-                if use.node not in planner.touched and (in_base or use.node not in going):
+                if use.node in planner.touched or (use.node.op_type in _SHAPES and node in planner.base_nodes):
+                    continue  # the base's product stays, and a delta changes no shape
+                if in_base or use.node not in going:
                     reason = f"{what} is also read by {use.node.op_type} ({use.node.name!r})"
                     raise Refused(reason, shared=not in_base, node=stays)

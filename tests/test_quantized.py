@@ -209,9 +209,11 @@ def test_inspect_shows_the_file_as_it_is(tmp_path: Path) -> None:
     assert "MatMulInteger" in refused
 
 
-def test_attach_keeps_the_codes(tmp_path: Path) -> None:
-    """Switchable deltas stand beside quantized weights and are not rounded to their grids."""
-    path, out = quantized(tmp_path, "4 bit, zero points"), tmp_path / "switchable.onnx"
+@pytest.mark.parametrize("scheme", ["4 bit, zero points", "float zero points"])
+def test_attach_keeps_the_codes(tmp_path: Path, scheme: str) -> None:
+    """Switchable deltas stand beside quantized weights and are not rounded to their grids; without one, the bits are
+    those of the quantized base itself (the kernel's, which are not those of a product with the decoded weight)."""
+    path, out = quantized(tmp_path, scheme), tmp_path / "switchable.onnx"
     result = attach(path, [f"one={adapter(tmp_path / 'adapter')}"], out)
     assert result.verification is not None and result.verification.verdict == "pass"
     before, after = tensors(path), tensors(out)

@@ -16,6 +16,7 @@ from loracc.model import BaseModel, LoadOptions
 from loracc.passes.decode_weights import DecodeWeights
 from loracc.passes.find_sites import find_sites
 from loracc.passes.lift_subgraph_weights import LiftSubgraphWeights
+from loracc.random_nodes import random_nodes
 from loracc.sites import SiteTable
 from loracc.sources.onnx_tensors import check_tensors
 from loracc.sources.onnx_wiring import check_wiring
@@ -50,7 +51,7 @@ def load_onnx(path: Path, options: LoadOptions) -> BaseModel:
         ir=model,
         sites=sites,
         sample_inputs=inputs,
-        notes=(*_notes(sites), *_training_notes(model)),
+        notes=(*_notes(sites), *_random_notes(model)),
     )
 
 
@@ -81,21 +82,19 @@ def _notes(sites: SiteTable) -> tuple[str, ...]:
     )
 
 
-def _training_notes(model: ir.Model) -> list[str]:
-    """A graph that computes something random can be folded into; its outputs cannot be compared closely."""
-    random = [node.name for node in model.graph.all_nodes() if node.op_type == "Dropout" and _drops(node)]
+def _random_notes(model: ir.Model) -> list[str]:
+    """A graph that computes something random can be folded into; its outputs cannot be compared."""
+    random = random_nodes(model)
     if not random:
         return []
+    count = f"{len(random)} node(s) ({random[0].op_type} {random[0].name!r}, ...)"
+    training = any(node.op_type == "Dropout" for node in random)
     return [
-        f"the graph was exported in training mode: {len(random)} Dropout node(s) ({random[0]}, ...) drop at random, so "
-        "its outputs prove little. Call model.eval() before the export."
+        f"the graph was exported in training mode: {count} drop at random, and its outputs prove nothing. "
+        "Call model.eval() before the export."
+        if training
+        else f"{count} draw at random and have no seed: the outputs prove nothing."
     ]
-
-
-def _drops(node: ir.Node) -> bool:
-    training = node.inputs[2] if len(node.inputs) > 2 else None
-    tensor = ir.convenience.get_const_tensor(training) if training is not None else None
-    return tensor is not None and bool(tensor.numpy().any())
 
 
 def read_graph(path: Path) -> ir.Model:

@@ -286,6 +286,19 @@ def test_convolutions_in_either_order() -> None:
         assert relative_error(want, run(model, {"x": image})) < 1e-6
 
 
+def test_a_delta_may_take_its_shape_from_the_base() -> None:
+    """`delta.view(base(x).shape)`: the base's product is read for its shape only, which no delta changes."""
+    b = Builder()
+    x = b.input("x", [5, 8])
+    product = b("MatMul", x, b.weight((8, 6), "W"))
+    delta = b("Reshape", b("MatMul", b("MatMul", x, b.weight((8, 2))), b.weight((2, 6))), b("Shape", product))
+    model = b.model(b("Relu", b("Add", product, delta)))
+    want = run(model, {"x": X})
+    assert fold(model).bindings
+    assert op_counts(model) == {"MatMul": 1, "Relu": 1}
+    assert relative_error(want, run(model, {"x": X})) < 1e-6
+
+
 def test_half_precision_base_with_a_float_adapter() -> None:
     """PEFT's autocast: the base in float16, A and B in float32, the sum cast back. One rounding instead of many."""
     b = Builder()
