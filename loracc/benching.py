@@ -50,7 +50,7 @@ def bench(
     """
     from loracc.bench_files import PLOT_ENDINGS, bench_csv, write_plot
     from loracc.bench_grid import BenchOptions, bench_models
-    from loracc.report import check_reports, write_text
+    from loracc.reports.report_files import check_reports, write_text
 
     inputs = [Path(model) for model in models]
     check_reports([csv_file] if csv_file else [], inputs, endings=())

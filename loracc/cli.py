@@ -17,6 +17,7 @@ from loracc.commands.build_trt import build_trt
 from loracc.commands.convert import convert
 from loracc.commands.extract import extract
 from loracc.commands.fold import fold
+from loracc.commands.github import announce_refusal
 from loracc.commands.inspect import inspect
 from loracc.commands.refit_trt import refit_trt
 from loracc.commands.slot import slot
@@ -68,6 +69,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return error.exit_code
     except LoraccError as error:
         _show(error, as_json="--json" in arguments)
+        if isinstance(error, CheckFailed):
+            announce_refusal(error)
         return error.exit_code
     except BrokenPipeError:  # `loracc inspect ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -6,6 +6,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from loracc.errors import CheckFailed
     from loracc.estimate import Estimate
     from loracc.verdict import Verification
 
@@ -64,3 +68,9 @@ class FoldResult:
                 "memory_bytes": self.estimate.memory,
             }
         return result
+
+    @staticmethod
+    def refused(output: Path, unmatched: Sequence[str], error: CheckFailed) -> dict[str, Any]:
+        """``to_json`` of a result that did not pass, and was not written."""
+        result = FoldResult(str(output), [], [], list(unmatched), None, [error.message]).to_json()
+        return {**result, "verification": error.verification}

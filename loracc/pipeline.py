@@ -69,7 +69,7 @@ def fold(
         external: Where an ``.onnx`` keeps its weights: "auto", "inline", "data" or "link".
         verify: Prove the result before it is moved into place.
         save_adapter: Folder to write the LoRA found in the graph to, as a PEFT adapter.
-        reports: ``.json`` files to write the result to.
+        reports: ``.html``, ``.md`` and ``.json`` files to report to, in that form; also of a check that said no.
         dry_run: Plan only.
         force: Replace the output if it exists.
         progress: Told what is going on; None is silent.
@@ -82,7 +82,7 @@ def fold(
     """
     from loracc.formats import parse_adapter_spec
     from loracc.job import Job
-    from loracc.report import check_reports, write_report
+    from loracc.reports.report_files import check_reports
     from loracc.save_raised import check_saving, saved_adapter
 
     job = Job.of(output, dtype, external, progress)
@@ -99,12 +99,31 @@ def fold(
         lowered = _lower(loaded, read, job, maps, allow_unmatched, original, facts)
         found = lowered.bound.bindings
         with saved_adapter(save_adapter, lowered.base, found, inputs, force=force, dry_run=dry_run):
-            result = _plan(lowered, job) if dry_run else _write(lowered, job, inputs, force=force, verify=verify)
-    if save_adapter is not None:
-        result.saved_adapter = str(save_adapter)
-    for path in reports:
-        write_report(result.to_json(), path)
+            try:
+                result = _plan(lowered, job) if dry_run else _write(lowered, job, inputs, force=force, verify=verify)
+            except CheckFailed as refused:  # nothing was written, and why is what the reports are read for
+                _report_fold(reports, FoldResult.refused(job.output, lowered.bound.unmatched, refused), lowered, read)
+                raise
+            if save_adapter is not None:
+                result.saved_adapter = str(save_adapter)
+            made = _load(job.output, {}, graph=job.target.needs_graph) if reports and not dry_run else None
+            _report_fold(reports, result.to_json(), lowered, read, made)
     return result
+
+
+def _report_fold(
+    reports: Sequence[Path_],
+    result: dict[str, Any],
+    lowered: _Lowered,
+    adapters: Sequence[Adapter],
+    made: BaseModel | None = None,
+) -> None:
+    from loracc.reports.report_body import gathered, report_body
+    from loracc.reports.report_files import write_reports
+
+    if reports:
+        facts = gathered(lowered.original, adapters, lowered.bound.bindings, lowered.model.ir, made)
+        write_reports(report_body("fold", result, facts), reports)
 
 
 def verify(
@@ -156,7 +175,7 @@ def verify(
         processes: Processes to measure in, one after the other.
         margin: Latency ratios inside 1 ± margin count as equal; 2 % on a CPU and 1 % on a device when None.
         seed: Of the sampled inputs, and of ``combine`` as given to :func:`fold`.
-        reports: ``.json`` files to write the verdicts to.
+        reports: ``.html``, ``.md`` and ``.json`` files to report to, in that form.
         junit: File to write the verdicts to as JUnit XML.
         options: As for :func:`fold`.
 
@@ -165,7 +184,9 @@ def verify(
     """
     from loracc.coverage import coverage_of
     from loracc.formats import parse_adapter_spec
-    from loracc.report import check_reports
+    from loracc.lower import lower
+    from loracc.reports.report_body import gathered
+    from loracc.reports.report_files import check_reports
     from loracc.targets import target_for
     from loracc.verification import VerifyOptions
     from loracc.verification import verify as judge
@@ -192,6 +213,7 @@ def verify(
     made = _load(output, {}, graph=graph)
     specs = [parse_adapter_spec(str(adapter)) for adapter in adapters]
     read = read_adapters(specs, told, combine=combine, density=density, rank=rank, seed=seed)
+    untouched = loaded
     raised_from = None if read else loaded.ir
     if read:
         loaded, bound = bind_adapters(loaded, read, maps, allow_unmatched, original)
@@ -213,7 +235,8 @@ def verify(
         processes=processes,
     )
     result = judge(loaded, made, bound.bindings, judging, progress)
-    return _reported(result, reports, junit)
+    facts = gathered(untouched, read, bound.bindings, lower(loaded).ir, made) if reports else None
+    return _reported(result, reports, junit, facts)
 
 
 def _task(
@@ -233,14 +256,18 @@ def _task(
     return from_text(text, model, tokenizer) if text is not None else None
 
 
-def _reported(result: Verification, reports: Sequence[Path_], junit: Path_ | None) -> Verification:
+def _reported(
+    result: Verification, reports: Sequence[Path_], junit: Path_ | None, facts: dict[str, Any] | None = None
+) -> Verification:
     """``result``, written to the files that were asked for."""
-    from loracc.report import write_junit, write_report
+    from loracc.reports.junit import junit_text
+    from loracc.reports.report_body import report_body
+    from loracc.reports.report_files import write_reports, write_text
 
-    for path in reports:
-        write_report(result.to_json(), path)
+    if reports:
+        write_reports(report_body("verify", result.to_json(), facts), reports)
     if junit is not None:
-        write_junit(result.to_json(), junit)
+        write_text(junit, junit_text(result.to_json()))
     return result
 
 
@@ -285,6 +312,7 @@ class _Lowered:
     """A model on its way from bound to written.
 
     Attributes:
+        original: As it was read.
         base: The original, its sites bound.
         model: What is to be written.
         bound: What was folded.
@@ -292,6 +320,7 @@ class _Lowered:
         record: Stamps the model with what it was made from: a look at every weight, so it is done beside the writing.
     """
 
+    original: BaseModel
     base: BaseModel
     model: BaseModel
     bound: BindResult
@@ -325,7 +354,7 @@ def _lower(
         made = Provenance.of(identify(model), adapters, bound.bindings, facts, previous)
         stamp_provenance(lowered.ir, made)
 
-    return _Lowered(base, lowered, bound, None if adapters else model.ir, record)
+    return _Lowered(model, base, lowered, bound, None if adapters else model.ir, record)
 
 
 def _plan(lowered: _Lowered, job: Job) -> FoldResult:

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from xml.etree import ElementTree
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from loracc.errors import InputError
+from loracc.report_words import CHECKS, byte_count, counted, evidence, flip, number, percent
 
 if TYPE_CHECKING:
     from loracc.estimate import Estimate
@@ -31,36 +26,11 @@ __all__ = [
     "print_inspection",
     "print_unfolded",
     "print_verification",
-    "write_junit",
-    "write_report",
-    "write_text",
 ]
 
 _STYLE = {"pass": "green", "fail": "bold red", "inconclusive": "yellow", "skipped": "dim"}
 #: Rows of a long site table that are shown; --json has them all.
 _SHOWN = 12
-
-
-def counted(number: int, thing: str) -> str:
-    """``1 site``, ``2 sites``."""
-    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3g}"
-
-
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.1f} %"
-
-
-def _bytes(count: int) -> str:
-    size = float(count)
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:.3g} TB"
 
 
 def print_fold(result: FoldResult, console: Console) -> None:
@@ -76,7 +46,7 @@ def print_fold(result: FoldResult, console: Console) -> None:
         table.add_column(column, justify="left" if column in left else "right", overflow="fold")
     for row in result.sites[:_SHOWN]:
         rank = "-" if row["rank"] is None else str(row["rank"])
-        numbers = (_number(row["scale"]), _number(row["relative_norm"]), _percent(row["survived"]))
+        numbers = (number(row["scale"]), number(row["relative_norm"]), percent(row["survived"]))
         table.add_row(row["name"], row["kind"], rank, *numbers, row["way"], *([row["adapter"]] if several else []))
     if len(result.sites) > _SHOWN:
         table.add_row(f"... and {len(result.sites) - _SHOWN} more (--json lists all)")
@@ -88,7 +58,7 @@ def print_fold(result: FoldResult, console: Console) -> None:
     done = "Would write" if result.dry_run else "Wrote"
     names = [*result.files[:3], *(["..."] if len(result.files) > 3 else [])]
     files = f"; {len(result.files)} files: {', '.join(names)}" if len(names) > 1 else ""
-    console.print(Text(f"{done} {result.output} ({_bytes(result.bytes)}{files})"))
+    console.print(Text(f"{done} {result.output} ({byte_count(result.bytes)}{files})"))
     if result.estimate is not None:
         _print_estimate(result, result.estimate, console)
     if result.saved_adapter is not None:
@@ -100,8 +70,8 @@ def _print_estimate(result: FoldResult, reckoned: Estimate, console: Console) ->
     seconds = f"{reckoned.seconds:.1f} s" if reckoned.seconds < 60 else f"{reckoned.seconds / 60:.0f} min"
     console.print(
         Text(
-            f"{_bytes(result.folded_bytes)} folded, {_bytes(copied)} copied: about {seconds} (longer where the disk is "
-            f"slower than memory, or with verification) and {_bytes(reckoned.memory)} of memory"
+            f"{byte_count(result.folded_bytes)} folded, {byte_count(copied)} copied: about {seconds} (longer where the "
+            f"disk is slower than memory, or with verification) and {byte_count(reckoned.memory)} of memory"
         )
     )
 
@@ -129,32 +99,20 @@ def print_verification(verification: Verification, console: Console) -> None:
     table = Table(title="verification", title_justify="left", box=None, pad_edge=False)
     for column in ("check", "verdict", "evidence", "what would flip it"):
         table.add_column(column, overflow="fold")
-    for name in ("numbers", "structure", "latency"):
+    for name in CHECKS:
         check = body.get(name)
         if check is None:
             continue
         verdict = check["verdict"]
-        flip = (check.get("threshold") or {}).get("text", "")
-        table.add_row(name, Text(verdict, style=_STYLE.get(verdict, "")), Text(_evidence(name, check)), Text(flip))
+        word = Text(verdict, style=_STYLE.get(verdict, ""))
+        table.add_row(name, word, Text(evidence(name, check)), Text(flip(check)))
     console.print(table)
     for site in (body["numbers"].get("end_to_end") or {}).get("sites", []):
-        console.print(Text(f"after {site['site']}: error {_number(site['error'])}"))
+        console.print(Text(f"after {site['site']}: error {number(site['error'])}"))
     for model, scores in ((body["numbers"].get("end_to_end") or {}).get("task") or {}).items():
         console.print(Text(f"{model:8} " + ", ".join(f"{name} {value:.5g}" for name, value in scores.items())))
     unmeasured = " (latency was not measured: --latency)" if body["latency"]["verdict"] == "skipped" else ""
     console.print(Text.assemble("verdict: ", (body["verdict"], _STYLE.get(body["verdict"], "")), unmeasured))
-
-
-def _evidence(name: str, check: dict[str, Any]) -> str:
-    if check.get("reason"):
-        return str(check["reason"])
-    if name == "numbers" and check.get("max_relative_error") is not None:
-        measured = f"max relative error {_number(check['max_relative_error'])}, tolerance {_number(check['tolerance'])}"
-        return f"{measured} ({check['measured_on']}); {check['summary']}"
-    if name == "latency" and check.get("ratio") is not None:
-        low, high = check["interval"]
-        return f"ratio {check['ratio']:.4f}, 95 % interval [{low:.4f}, {high:.4f}], margin ±{check['margin']:.3g}"
-    return str(check.get("summary", ""))
 
 
 def print_bench(rows: list[dict[str, Any]], console: Console) -> None:
@@ -182,17 +140,17 @@ def print_extraction(result: ExtractResult, console: Console) -> None:
     for column in ("weight", "rank", "‖ΔW‖/‖W‖", "residual"):
         table.add_column(column, justify="left" if column == "weight" else "right", overflow="fold")
     for site in result.sites[:_SHOWN]:
-        table.add_row(site.name, str(site.rank), _number(site.relative_norm), _number(site.residual))
+        table.add_row(site.name, str(site.rank), number(site.relative_norm), number(site.residual))
     if len(result.sites) > _SHOWN:
         table.add_row(f"... and {len(result.sites) - _SHOWN} more (--json lists all)")
     console.print(table)
     for left in result.left_out[:_SHOWN]:
         what = "saved whole" if left.saved else "not in the adapter (--full saves it whole)"
-        console.print(Text(f"{left.name} {left.shape} changed by {_number(left.relative_norm)}: {left.reason}; {what}"))
+        console.print(Text(f"{left.name} {left.shape} changed by {number(left.relative_norm)}: {left.reason}; {what}"))
     if len(result.left_out) > _SHOWN:
         console.print(Text(f"... and {len(result.left_out) - _SHOWN} more parameters (--json lists all)"))
-    console.print(Text(f"residual of all parameters together: {_number(result.residual)}"))
-    console.print(Text(f"Wrote {result.output} ({_bytes(result.bytes)})"))
+    console.print(Text(f"residual of all parameters together: {number(result.residual)}"))
+    console.print(Text(f"Wrote {result.output} ({byte_count(result.bytes)})"))
 
 
 def print_unfolded(result: UnfoldResult, console: Console) -> None:
@@ -201,7 +159,7 @@ def print_unfolded(result: UnfoldResult, console: Console) -> None:
         console.print(Text(f"note: {note}"))
     console.print(Text(f"{counted(len(result.restored), 'weight')} restored, {result.unchanged} had the base's bytes"))
     console.print(Text(f"{result.digest}, the base's"))
-    console.print(Text(f"Wrote {result.output} ({_bytes(result.bytes)})"))
+    console.print(Text(f"Wrote {result.output} ({byte_count(result.bytes)})"))
 
 
 def print_inspection(found: dict[str, Any], console: Console, *, sites: bool = False) -> None:
@@ -270,68 +228,3 @@ def _origin(record: dict[str, Any]) -> list[str]:
     lines.append(f"folded: {counted(len(record['sites']), 'delta')} (--json lists all)")
     lines += [f"{key}: {value}" for key, value in record["options"].items()]
     return [*lines, "versions: " + ", ".join(f"{name} {number}" for name, number in record["versions"].items())]
-
-
-def check_reports(paths: Sequence[str | Path], others: Sequence[Path], *, endings: Sequence[str] = (".json",)) -> None:
-    """Refuse reports that cannot be written, or that would replace a part of ``others``, before any work is done.
-
-    Raises:
-        InputError: The ending is another, the folder is missing or not writable, or the path is an input or the output.
-    """
-    for path in map(Path, paths):
-        if endings and path.suffix.lower() not in endings:
-            raise InputError(f"{path}: written as {' or '.join(endings)}.", hint=f"Name it {path.stem}{endings[0]}.")
-        if path.is_dir() or not os.access(path.absolute().parent, os.W_OK | os.X_OK):
-            raise InputError(f"{path}: cannot be written: its folder is missing or not writable, or it is a folder.")
-        here = path.resolve()
-        for other in (other.resolve() for other in others):
-            if here == other or other in here.parents:
-                raise InputError(f"{path}: the report would replace a part of {other}.", hint="Choose another name.")
-
-
-def write_report(body: dict[str, Any], path: str | Path) -> None:
-    """Write a result as JSON.
-
-    Raises:
-        InputError: The file cannot be written.
-    """
-    write_text(Path(path), json.dumps(body, indent=2) + "\n")
-
-
-def write_junit(body: dict[str, Any], path: str | Path) -> None:
-    """Write a verification as JUnit XML: one test case a check.
-
-    Raises:
-        InputError: The file cannot be written.
-    """
-    checks = {name: body[name] for name in ("numbers", "structure", "latency") if name in body}
-    counts = {
-        "tests": len(checks),
-        "failures": sum(check["verdict"] in ("fail", "inconclusive") for check in checks.values()),
-        "skipped": sum(check["verdict"] == "skipped" for check in checks.values()),
-    }
-    suite = ElementTree.Element("testsuite", {"name": "loracc", **{key: str(value) for key, value in counts.items()}})
-    for name, check in checks.items():
-        case = ElementTree.SubElement(suite, "testcase", classname="loracc.verify", name=name)
-        if check["verdict"] in ("fail", "inconclusive"):
-            ElementTree.SubElement(case, "failure", message=_evidence(name, check), type=check["verdict"])
-        elif check["verdict"] == "skipped":
-            ElementTree.SubElement(case, "skipped", message=_evidence(name, check))
-        ElementTree.SubElement(case, "system-out").text = json.dumps(check, indent=2)
-    ElementTree.indent(suite)
-    write_text(Path(path), ElementTree.tostring(suite, encoding="unicode", xml_declaration=True) + "\n")
-
-
-def write_text(path: str | Path, text: str) -> None:
-    """Write a file whole or not at all.
-
-    Raises:
-        InputError: The file cannot be written.
-    """
-    path = Path(path)
-    aside = path.with_name(f".{path.name}.tmp")
-    try:
-        aside.write_text(text, encoding="utf-8")
-        os.replace(aside, path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written: {error.strerror or error}.") from error

@@ -104,7 +104,7 @@ CASES: dict[str, tuple[Callable[[], object] | None, str, tuple[str, ...]]] = {
     "a map that renames nothing": (None, "base adapter -o out --map nobody=x", ("--map nobody=x", SITE)),
     "weights without a graph": (None, "base/model.safetensors adapter -o out.onnx", ("only weights", "config.json")),
     "a report over an input": (None, "base adapter -o out --report adapter/adapter_config.json", ("replace a part",)),
-    "a report of another kind": (None, "base adapter -o out --report r.html", ("r.html", ".json")),
+    "a report of another kind": (None, "base adapter -o out --report r.pdf", ("r.pdf", ".html")),
     "two adapters of one name": (None, "base a=adapter a=adapter -o out", ("named 'a'",)),
     "both scales": (without_config, "base adapter -o out --alpha 1 --scale 1", ("--alpha", "--scale")),
 }

@@ -25,14 +25,14 @@ LAYERS = (
     ("runners.*", "device_clock", "timing.*", "verdict.*", "coverage", "provenance", "decoder_inputs", "sample_inputs"),
     ("task_data",),
     ("verification", "verify.*", "bench_grid"),
-    ("report.*", "bench_files", "inspection", "counting"),
+    ("report.*", "reports.*", "bench_files", "inspection", "counting"),
     ("lower", "job", "estimate", "packed_factors"),
     ("content",),
     ("binding", "fold_result", "save_raised", "combine", "recorded"),
     ("pipeline", "engine", "refit.*", "runtime.*", "benching", "unfolding", "convert", "extract"),
     ("triton.*", "switching.*"),
     ("commands.*",),
-    ("cli",),
+    ("cli", "pytest_plugin"),
     ("__init__", "__main__"),
 )
 #: The Python API's doorway loads everything lazily, and may be imported by nobody inside.

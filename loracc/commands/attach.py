@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from loracc.commands.github import announce
 from loracc.commands.options import adapter_options, base_option, console, model_options, output_options
 from loracc.switching.modes import MODES
 
@@ -79,7 +80,12 @@ Ways of switching (--as):
 )
 @click.option("--no-verify", is_flag=True, help="Do not check the result before moving it into place.")
 @click.option(
-    "--report", "reports", multiple=True, metavar="FILE.json", type=click.Path(), help="Write a report. Repeatable."
+    "--report",
+    "reports",
+    multiple=True,
+    metavar="FILE.{html,md,json}",
+    type=click.Path(),
+    help="Write a report, in the form of the ending. Repeatable.",
 )
 @click.option("--dry-run", is_flag=True, help="Say what would be written, and write nothing.")
 @click.option("--force", is_flag=True, help="Replace what exists of OUT and the files beside it.")
@@ -97,5 +103,6 @@ def attach(model: str, adapters: tuple[str, ...], output: str, as_json: bool, qu
     report.print_attached(result, out)
     if result.unmatched and quiet:
         click.echo(f"loracc: warning: keys that fit nowhere were left out: {', '.join(result.unmatched)}", err=True)
+    announce("attach", result.to_json(), output, as_json=as_json)
     if as_json:
         click.echo(json.dumps(result.to_json()))

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from loracc.commands.github import announce
 from loracc.commands.options import (
     adapter_options,
     base_option,
@@ -68,9 +69,9 @@ ADAPTER is a file or a folder, optionally NAME=PATH to name it and PATH@0.7 for 
     "--report",
     "reports",
     multiple=True,
-    metavar="FILE.json",
+    metavar="FILE.{html,md,json}",
     type=click.Path(),
-    help="Write a report. Repeatable.",
+    help="Write a report, in the form of the ending. Repeatable.",
 )
 @click.option("--dry-run", is_flag=True, help="Say what would be written, and write nothing.")
 @click.option("--force", is_flag=True, help="Replace OUT if it exists.")
@@ -87,5 +88,6 @@ def fold(model: str, adapters: tuple[str, ...], output: str, as_json: bool, quie
     report.print_fold(result, out)
     if result.unmatched and quiet:
         click.echo(f"loracc: warning: keys that fit nowhere were left out: {', '.join(result.unmatched)}", err=True)
+    announce("fold", result.to_json(), output, as_json=as_json)
     if as_json:
         click.echo(json.dumps(result.to_json()))

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from loracc.commands.github import announce
 from loracc.commands.options import (
     adapter_options,
     base_option,
@@ -69,9 +70,9 @@ Exit code 0 when every check passed, 1 when one said no, 2 when the call or a fi
     "--report",
     "reports",
     multiple=True,
-    metavar="FILE.json",
+    metavar="FILE.{html,md,json}",
     type=click.Path(),
-    help="Write a report. Repeatable.",
+    help="Write a report, in the form of the ending. Repeatable.",
 )
 @click.option("--junit", metavar="FILE", type=click.Path(), help="Write the verdicts as JUnit XML.")
 @output_options
@@ -87,6 +88,7 @@ def verify(models: tuple[str, ...], adapters: tuple[str, ...], as_json: bool, qu
     with progress_for(quiet=quiet) as progress:
         result = pipeline.verify(base, output, adapters, progress=progress, **values)
     report.print_verification(result, out)
+    announce("verify", result.to_json(), output, as_json=as_json)
     if as_json:
         click.echo(json.dumps(result.to_json()))
     return 1 if result.verdict == "fail" or result.verdict == "inconclusive" else 0

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loracc.errors import InputError
+from loracc.errors import CheckFailed, InputError
+from loracc.fold_result import FoldResult
 from loracc.switching.modes import MODES, maker
 
 if TYPE_CHECKING:
     from loracc.progress import Progress
-    from loracc.switching.request import AttachResult
+    from loracc.switching.request import AttachRequest, AttachResult
 
 __all__ = ["attach"]
 
@@ -68,7 +69,7 @@ def attach(
     from loracc.formats import parse_adapter_spec
     from loracc.job import Job
     from loracc.pipeline import load_traced, split_options
-    from loracc.report import check_reports, write_report
+    from loracc.reports.report_files import check_reports
     from loracc.switching.one_more import OneMore, write_one_more
     from loracc.switching.request import AttachRequest, Bound
     from loracc.switching.variants import add_variants, adds_to
@@ -82,8 +83,7 @@ def attach(
         asked = {"maps": maps, "allow_unmatched": allow_unmatched, "verify": verify, "force": force, **options}
         check_reports(reports, [Path(output)])
         result = add_variants(output, adapters, dry_run=dry_run, **asked)
-        for path in reports:
-            write_report(result.to_json(), path)
+        _report(reports, result.to_json())
         return result
     specs = [parse_adapter_spec(str(adapter)) for adapter in adapters]
     inputs = (Path(model), *(Path(spec.path) for spec in specs))
@@ -95,8 +95,7 @@ def attach(
             raise InputError("--sum and --dtype mean nothing to an .onnx_adapter: several adapters add up in it.")
         call = OneMore(Path(model), Path(output), verify, force, dry_run)
         more = write_one_more(call, load_traced(model, load), read, maps, allow_unmatched)
-        for path in reports:
-            write_report(more.to_json(), path)
+        _report(reports, more.to_json())
         return more
     job = Job.of(output, dtype, external, progress)
     job.check(inputs, force=force or dry_run)
@@ -119,10 +118,32 @@ def attach(
         force=force,
         dry_run=dry_run,
     )
-    result = maker(mode)(request)
-    for path in reports:
-        write_report(result.to_json(), path)
+    try:
+        result = maker(mode)(request)
+    except CheckFailed as refused:  # nothing was written, and why is what the reports are read for
+        unmatched = request.unmatched
+        _report(reports, {**FoldResult.refused(job.output, unmatched, refused), "mode": mode, "adapters": []}, request)
+        raise
+    _report(reports, result.to_json(), request, written=not dry_run)
     return result
+
+
+def _report(
+    reports: Sequence[Path_], result: dict[str, Any], request: AttachRequest | None = None, *, written: bool = False
+) -> None:
+    from loracc.pipeline import load_traced
+    from loracc.reports.report_body import gathered, report_body
+    from loracc.reports.report_files import write_reports
+
+    if not reports:
+        return
+    facts = None
+    if request is not None:
+        bindings = [binding for one in request.bound for binding in one.bindings]
+        output = request.job.output
+        made = load_traced(output, {}) if written and output.suffix.lower() == ".onnx" else None
+        facts = gathered(request.base, [one.adapter for one in request.bound], bindings, made=made)
+    write_reports(report_body("attach", result, facts), reports)
 
 
 def _check_call(mode: str, adapters: Sequence[Path_], output: Path_, given: dict[str, Any]) -> None:
