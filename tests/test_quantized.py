@@ -226,3 +226,12 @@ def test_unfold_gives_the_codes_back(tmp_path: Path) -> None:
     fold(path, [adapter(tmp_path / "adapter")], out)
     unfold(out, path, tmp_path / "back.onnx")  # by the record that the output carries
     assert changed(path, tmp_path / "back.onnx") == set()
+
+
+@pytest.mark.parametrize(("strength", "said"), [(1e-4, True), (1.0, False)])
+def test_a_tolerance_above_what_the_adapter_does_is_said(tmp_path: Path, strength: float, *, said: bool) -> None:
+    path = quantized(tmp_path, "8 bit, zero points")
+    result = fold(path, [f"{adapter(tmp_path / 'adapter')}@{strength}"], tmp_path / "out.onnx")
+    assert result.verification is not None and result.verification.verdict == "pass"
+    notes = result.verification.numbers.end_to_end.notes
+    assert any("a lost adapter would not be seen" in note for note in notes) is said
