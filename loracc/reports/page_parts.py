@@ -31,7 +31,12 @@ def table(
     """A table; the columns ``numbers`` are right-aligned, the columns ``extra`` are left out on a narrow page."""
 
     def attributes(index: int) -> str:
-        names = ["number"] * (index in numbers) + ["extra"] * (index in extra) + ["name"] * (index == 0)
+        names = (
+            ["number"] * (index in numbers)
+            + ["extra"] * (index in extra)
+            + ["name"] * (index == 0)
+            + ["short"] * (index == 0 and not heads[0])
+        )
         return f' class="{" ".join(names)}"' if names else ""
 
     def row(cells: Sequence[str], tag: str) -> str:

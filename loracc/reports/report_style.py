@@ -54,7 +54,11 @@ table{{border-collapse:collapse;width:100%;font-size:14px;font-variant-numeric:t
 th,td{{text-align:left;padding:6px 12px 6px 0;border-bottom:1px solid var(--line);vertical-align:top}}
 th{{color:var(--muted);font-weight:500;font-size:13px;white-space:nowrap}}
 td.number,th.number{{text-align:right;white-space:nowrap;overflow-wrap:normal}}
-td.name{{min-width:140px}}
+td{{overflow-wrap:normal}}
+td.name,td:last-child{{overflow-wrap:anywhere}}
+td.name{{min-width:150px}}
+td.name.short{{min-width:0;white-space:nowrap}}
+td:last-child:not(.number){{min-width:120px}}
 code,pre{{font:13px/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}}
 pre{{background:var(--card);padding:12px 14px;border-radius:4px;white-space:pre-wrap;margin:8px 0 16px}}
 details{{border-top:1px solid var(--line)}}
