@@ -315,6 +315,19 @@ def _coefficient(form: Form) -> Array:
 _SHAPES = frozenset({"Shape", "Size"})
 
 
+def _unread(node: ir.Node) -> set[ir.Node]:
+    """A node whose results lead to no output, with all that reads them; empty where one does."""
+    found, stack = {node}, [node]
+    while stack:
+        for output in stack.pop().outputs:
+            if output.is_graph_output():
+                return set()
+            new = {use.node for use in output.uses()} - found
+            found |= new
+            stack.extend(new)
+    return found
+
+
 def _check_uses(group: Group, planner: _Planner, going: Collection[ir.Node]) -> None:
     """Nothing but the change itself reads what it changes or removes."""
     for node in sorted(planner.touched - {group.root}, key=lambda n: str(n.name)):
@@ -327,6 +340,9 @@ def _check_uses(group: Group, planner: _Planner, going: Collection[ir.Node]) -> 
             for use in output.uses():
                 if use.node in planner.touched or (use.node.op_type in _SHAPES and node in planner.base_nodes):
                     continue  # the base's product stays, and a delta changes no shape
+                if unread := _unread(use.node):
+                    planner.touched |= unread  # it goes with what it reads
+                    continue
                 if in_base or use.node not in going:
                     reason = f"{what} is also read by {use.node.op_type} ({use.node.name!r})"
                     raise Refused(reason, shared=not in_base, node=stays)

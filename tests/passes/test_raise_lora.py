@@ -299,6 +299,21 @@ def test_a_delta_may_take_its_shape_from_the_base() -> None:
     assert relative_error(want, run(model, {"x": X})) < 1e-6
 
 
+def test_nodes_that_lead_nowhere_keep_no_delta() -> None:
+    b = Builder()
+    x = b.input("x", [5, 8])
+    product, delta = (
+        b("MatMul", x, b.weight((8, 6), "W")),
+        b("MatMul", b("MatMul", x, b.weight((8, 2))), b.weight((2, 6))),
+    )
+    b("Tanh", b("Relu", delta))
+    model = b.model(b("Relu", b("Add", product, delta)))
+    want = run(model, {"x": X})
+    assert fold(model).bindings
+    assert op_counts(model) == {"MatMul": 1, "Relu": 1}
+    assert relative_error(want, run(model, {"x": X})) < 1e-6
+
+
 def test_half_precision_base_with_a_float_adapter() -> None:
     """PEFT's autocast: the base in float16, A and B in float32, the sum cast back. One rounding instead of many."""
     b = Builder()
