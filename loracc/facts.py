@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from loracc.blas import one_blas_thread
+from loracc.calibrated import CalibratedTensor, Gain
 from loracc.dtypes import Array
 from loracc.folded import Binding, FoldedTensor
 from loracc.requantized import RequantizedTensor
@@ -38,6 +39,7 @@ class SiteFacts:
             much of ΔW is in them.
         adapter: Where the delta comes from.
         way: How its key found the site.
+        gain: What calibrated rounding did for the site; None where it is rounded to nearest from the start.
     """
 
     name: str
@@ -48,10 +50,14 @@ class SiteFacts:
     survived: float | None
     adapter: str
     way: str
+    gain: Gain | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The row of ``--json``."""
-        return asdict(self)
+        row = asdict(self)
+        if self.gain is None:
+            del row["gain"]
+        return row
 
 
 def site_facts(folded: Iterable[FoldedTensor]) -> list[SiteFacts]:
@@ -80,7 +86,7 @@ class Facts:
             for index in range(len(self._folded)):
                 self._look(index)
         return [
-            _row(binding, *self._norms[index])
+            _row(binding, *self._norms[index], _gain(tensor, binding))
             for index, tensor in enumerate(self._folded)
             for binding in tensor.bindings
         ]
@@ -118,11 +124,14 @@ def loss_notes(folded: Iterable[FoldedTensor]) -> list[str]:
     ]
 
 
-def _row(binding: Binding, relative_norm: float | None, survived: float | None) -> SiteFacts:
-    delta = binding.delta
-    return SiteFacts(
-        binding.site.name, delta.kind, delta.rank, delta.scale, relative_norm, survived, binding.adapter, binding.way
-    )
+def _row(binding: Binding, relative_norm: float | None, survived: float | None, gain: Gain | None) -> SiteFacts:
+    name, delta = binding.site.name, binding.delta
+    told = (name, delta.kind, delta.rank, delta.scale, relative_norm, survived, binding.adapter, binding.way)
+    return SiteFacts(*told, gain)
+
+
+def _gain(tensor: FoldedTensor, binding: Binding) -> Gain | None:
+    return tensor.gains.get(binding.site.name) if isinstance(tensor, CalibratedTensor) else None
 
 
 def _norms(tensor: FoldedTensor) -> tuple[float | None, float | None]:

@@ -32,6 +32,7 @@ class FoldResult:
         estimate: Seconds and memory that the writing would take; only of a dry run.
         bytes: Size of the output in bytes.
         saved_adapter: Where the LoRA found in the graph was written as an adapter.
+        calibration: Errors of the outputs on held-out inputs, with both roundings; only with calibrated rounding.
     """
 
     output: str
@@ -45,6 +46,7 @@ class FoldResult:
     saved_adapter: str | None = None
     folded_bytes: int = 0
     estimate: Estimate | None = None
+    calibration: dict[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The contract of ``fold --json`` (DESIGN.md 2)."""
@@ -57,6 +59,8 @@ class FoldResult:
             "notes": self.notes,
             "bytes": self.bytes,
         }
+        if self.calibration is not None:
+            result["calibration"] = self.calibration
         if self.saved_adapter is not None:
             result["saved_adapter"] = self.saved_adapter
         if self.dry_run:

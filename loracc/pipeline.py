@@ -5,24 +5,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loracc.binding import bind_adapters, raise_adapters, read_adapters
 from loracc.errors import CheckFailed, InputError
 from loracc.fold_result import FoldResult
-from loracc.recorded import found_inputs, said
+from loracc.lowered import Lowered, lower_model, rounded
+from loracc.recorded import found_inputs, recorded_rounding, said
 
 if TYPE_CHECKING:
-    import onnx_ir as ir
-
     from loracc.adapter import Adapter
     from loracc.facts import Facts
     from loracc.job import Job
     from loracc.model import BaseModel
-    from loracc.passes.bind_adapter import BindResult
     from loracc.progress import Progress
     from loracc.task_data import TaskData
     from loracc.verdict import Verification
@@ -45,6 +44,9 @@ def fold(
     rank: int | None = None,
     seed: int = 0,
     dtype: str | None = None,
+    rounding: str | None = None,
+    calibrate: Path_ | None = None,
+    tokenizer: Path_ | None = None,
     external: str = "auto",
     verify: bool = True,
     save_adapter: Path_ | None = None,
@@ -66,6 +68,9 @@ def fold(
         combine: How several adapters become one (:mod:`loracc.combine`); None is their exact sum.
         density, rank, seed: Of ``combine``: see :class:`loracc.combine.CombineOptions`.
         dtype: "fp32", "fp16" or "bf16": dtype of the weights written; the model's own when None.
+        rounding: "nearest", or "calibrated" (:mod:`loracc.calibrate`), which is the default with ``calibrate``.
+        calibrate: ``.npz`` of model inputs or text, a sample a line, to calibrate the rounding with.
+        tokenizer: Folder of the tokenizer for that text, where it is not the model's own.
         external: Where an ``.onnx`` keeps its weights: "auto", "inline", "data" or "link".
         verify: Prove the result before it is moved into place.
         save_adapter: Folder to write the LoRA found in the graph to, as a PEFT adapter.
@@ -80,27 +85,42 @@ def fold(
         LoraccError: The input or the call is wrong (exit code 2 of the command line).
         CheckFailed: What was written is not what was asked for; nothing was moved into place (exit code 1).
     """
+    from loracc.calibrate import check_folds
     from loracc.formats import parse_adapter_spec
     from loracc.job import Job
     from loracc.reports.report_files import check_reports
+    from loracc.rounding_spec import RoundingSpec
     from loracc.save_raised import check_saving, saved_adapter
 
     job = Job.of(output, dtype, external, progress)
+    spec = RoundingSpec.of(rounding, calibrate, tokenizer)
     specs = [parse_adapter_spec(str(adapter)) for adapter in adapters]
-    inputs = [Path(model), *(Path(spec.path) for spec in specs)]
+    inputs = [Path(model), *(Path(one.path) for one in specs)]
     job.check(inputs, force=force or dry_run)
-    check_reports(reports, [*inputs, job.output])
+    data = [spec.path] if spec and spec.path else []
+    check_reports(reports, [*inputs, *data, job.output])
     check_saving(save_adapter, specs, [*inputs, job.output], force=force or dry_run)
     load, told = split_options(options)
     read = read_adapters(specs, told, combine=combine, density=density, rank=rank, seed=seed)
     with job.base(_load(model, load, graph=job.target.needs_graph)) as loaded:
         chosen = {"combine": combine, "density": density, "rank": rank, "seed": seed, "dtype": dtype}
         facts = said(load, told, maps=maps, allow_unmatched=allow_unmatched, original=original, **chosen)
-        lowered = _lower(loaded, read, job, maps, allow_unmatched, original, facts)
+        facts |= spec.said() if spec else {}
+
+        def lower_again(model_: BaseModel) -> Lowered:
+            return lower_model(model_, read, job, maps, allow_unmatched, original, facts)
+
+        lowered = lower_again(loaded)
+        if spec is not None:
+            check_folds(lowered.model.ir)
         found = lowered.bound.bindings
         with saved_adapter(save_adapter, lowered.base, found, inputs, force=force, dry_run=dry_run):
             try:
-                result = _plan(lowered, job) if dry_run else _write(lowered, job, inputs, force=force, verify=verify)
+                if dry_run:
+                    result = _plan(lowered, job)
+                else:
+                    with rounded(lowered, spec, job, lambda: lower_again(_load(model, load, graph=True))) as ready:
+                        result = _write(ready, job, inputs, force=force, verify=verify)
             except CheckFailed as refused:  # nothing was written, and why is what the reports are read for
                 _report_fold(reports, FoldResult.refused(job.output, lowered.bound.unmatched, refused), lowered, read)
                 raise
@@ -114,7 +134,7 @@ def fold(
 def _report_fold(
     reports: Sequence[Path_],
     result: dict[str, Any],
-    lowered: _Lowered,
+    lowered: Lowered,
     adapters: Sequence[Adapter],
     made: BaseModel | None = None,
 ) -> None:
@@ -141,6 +161,7 @@ def verify(
     labels: Path_ | None = None,
     text: Path_ | None = None,
     tokenizer: Path_ | None = None,
+    rounding: str | None = None,
     reference: str = "fp32",
     taps: bool = False,
     latency: bool = False,
@@ -164,6 +185,7 @@ def verify(
         search: Folders in which to find them.
         original: As given to :func:`fold`.
         combine, density, rank: As given to :func:`fold`.
+        rounding: "calibrated" for what was made so and carries no record of it (``.pt2``, ``.safetensors``).
         reference: "fp32": the unfused model in higher precision than the output; "as-trained": in the base's own type.
         labels: ``.npz`` with the right classes ("labels") of the inputs given: accuracy of base, unfused and folded.
         text: Text, a sample a line: perplexity of the three, with the model's own tokenizer or that in ``tokenizer``.
@@ -226,6 +248,7 @@ def verify(
         taps=taps,
         coverage=coverage_of(read, bound.bindings, bound.unmatched, bound.elsewhere),
         raised_from=raised_from,
+        calibrated=(rounding or recorded_rounding(made)) == "calibrated",
         seed=seed,
         provider=provider,
         threads=threads,
@@ -307,57 +330,7 @@ def split_options(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, An
     return {k: v for k, v in options.items() if k in load}, {k: v for k, v in options.items() if k in told}
 
 
-@dataclass(frozen=True)
-class _Lowered:
-    """A model on its way from bound to written.
-
-    Attributes:
-        original: As it was read.
-        base: The original, its sites bound.
-        model: What is to be written.
-        bound: What was folded.
-        raised_from: The graph that the deltas were found in, when no adapter was given.
-        record: Stamps the model with what it was made from: a look at every weight, so it is done beside the writing.
-    """
-
-    original: BaseModel
-    base: BaseModel
-    model: BaseModel
-    bound: BindResult
-    raised_from: ir.Model | None
-    record: Callable[[], None]
-
-
-def _lower(
-    model: BaseModel,
-    adapters: Sequence[Adapter],
-    job: Job,
-    maps: Sequence[str],
-    allow_unmatched: bool,
-    original: Path_ | None,
-    facts: dict[str, Any],
-) -> _Lowered:
-    from loracc.lower import lower
-    from loracc.provenance import Provenance, announce_provenance, identify, read_provenance, stamp_provenance
-
-    previous = read_provenance(model)
-    if adapters:
-        base, bound = bind_adapters(model, adapters, maps, allow_unmatched, original)
-    elif original is None:
-        base, bound = raise_adapters(model)
-    else:
-        raise InputError("--base finds the weights that an adapter is for, and no adapter was given.")
-    lowered = lower(base, job.dtype)
-    announce_provenance(lowered.ir)
-
-    def record() -> None:
-        made = Provenance.of(identify(model), adapters, bound.bindings, facts, previous)
-        stamp_provenance(lowered.ir, made)
-
-    return _Lowered(model, base, lowered, bound, None if adapters else model.ir, record)
-
-
-def _plan(lowered: _Lowered, job: Job) -> FoldResult:
+def _plan(lowered: Lowered, job: Job) -> FoldResult:
     from loracc.estimate import estimate
     from loracc.lower import folded_tensors
 
@@ -368,24 +341,26 @@ def _plan(lowered: _Lowered, job: Job) -> FoldResult:
     return replace(result, dry_run=True, folded_bytes=plan.folded, estimate=reckoned)
 
 
-def _write(lowered: _Lowered, job: Job, inputs: Sequence[Path], *, force: bool, verify: bool) -> FoldResult:
+def _write(lowered: Lowered, job: Job, inputs: Sequence[Path], *, force: bool, verify: bool) -> FoldResult:
     with job.staging(inputs, force=force) as stage:
         plan = job.plan(lowered.model, stage.path)
         stage.expected_bytes = plan.nbytes
         facts = _facts(lowered)
-        plan.write(job.progress, also=[lowered.record, *facts.jobs()])
+        plan.write(job.progress, also=[partial(lowered.record, lowered.model.ir), *facts.jobs()])
         verification = _verify_staged(lowered, stage.path, job) if verify else None
         size = stage.size()
     return _result(lowered, job, facts, verification, stage.files, size)
 
 
-def _verify_staged(lowered: _Lowered, path: Path, job: Job) -> Verification:
+def _verify_staged(lowered: Lowered, path: Path, job: Job) -> Verification:
     """Judge what was written, where it was written; raise when a check says no."""
     from loracc.verification import VerifyOptions
     from loracc.verification import verify as judge
 
     made = _load(path, {}, graph=job.target.needs_graph)
-    options = VerifyOptions(dtype=job.dtype, raised_from=lowered.raised_from)
+    options = VerifyOptions(
+        dtype=job.dtype, raised_from=lowered.raised_from, calibrated=lowered.calibration is not None
+    )
     result = judge(lowered.base, made, lowered.bound.bindings, options)
     if result.verdict == "fail":
         raise CheckFailed(
@@ -397,7 +372,7 @@ def _verify_staged(lowered: _Lowered, path: Path, job: Job) -> Verification:
     return result
 
 
-def _facts(lowered: _Lowered) -> Facts:
+def _facts(lowered: Lowered) -> Facts:
     from loracc.facts import Facts
     from loracc.lower import folded_tensors
 
@@ -405,14 +380,16 @@ def _facts(lowered: _Lowered) -> Facts:
 
 
 def _result(
-    lowered: _Lowered, job: Job, facts: Facts, verification: Verification | None, files: list[str], nbytes: int
+    lowered: Lowered, job: Job, facts: Facts, verification: Verification | None, files: list[str], nbytes: int
 ) -> FoldResult:
+    chosen = lowered.calibration.notes if lowered.calibration else ()
     return FoldResult(
         output=str(job.output),
         files=files,
         sites=[row.to_json() for row in facts.rows()],
         unmatched=list(lowered.bound.unmatched),
         verification=verification,
-        notes=[*lowered.model.notes, *lowered.bound.notes, *facts.notes()],
+        notes=[*lowered.model.notes, *lowered.bound.notes, *facts.notes(), *chosen],
         bytes=nbytes,
+        calibration=lowered.calibration.to_json() if lowered.calibration else None,
     )

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 from loracc.errors import InputError, LoraccError
 
 if TYPE_CHECKING:
+    from loracc.model import BaseModel
     from loracc.provenance import Identity, Provenance
 
-__all__ = ["found_inputs", "said"]
+__all__ = ["found_inputs", "recorded_rounding", "said"]
 
 #: Options of the model's reader that decide what comes out. A file of sample inputs does not; and a path is no record.
 _READING = ("opset", "task", "factory", "dynamic", "inputs")
@@ -96,6 +97,18 @@ def _candidates(folders: Sequence[Path]) -> Iterator[Path]:
             yield from (Path(here, name) for name in sorted(files) if name.endswith(_ENDINGS))
 
 
+def recorded_rounding(output: BaseModel) -> str | None:
+    """How an output says that it was rounded; None for to nearest, and where it says nothing.
+
+    Raises:
+        InputError: Its record is damaged.
+    """
+    from loracc.provenance import read_provenance
+
+    record = read_provenance(output)
+    return str(record.options["rounding"]) if record is not None and "rounding" in record.options else None
+
+
 @dataclass
 class _Search:
     """What is wanted, and what was found of it."""
@@ -159,6 +172,7 @@ class _Search:
     def result(self) -> tuple[Path, list[str], dict[str, Any]]:
         options = {key: tuple(v) if isinstance(v, list) else v for key, v in self.record.options.items()}
         options.pop("dtype", None)  # the output shows it
+        options.pop("calibration", None)  # how it was rounded is not what it was made from
         missing = [] if self.base else [f"the base ({self.record.base.format}, {self.record.base.digest})"]
         if "original" in options:
             missing += [] if self.original else [f"the original checkpoint ({options['original']})"]

@@ -42,15 +42,29 @@ def print_fold(result: FoldResult, console: Console) -> None:
     # Deltas of several adapters at one site are rounded together, so what is measured there is their sum's.
     norm = "‖ΣΔW‖/‖W‖" if several else "‖ΔW‖/‖W‖"
     left = ("site", "kind", "bound by", "adapter")
-    for column in ("site", "kind", "rank", "scale", norm, "survived", "bound by", *(["adapter"] if several else [])):
+    gained = ["error"] if any("gain" in row for row in result.sites) else []
+    for column in (
+        "site",
+        "kind",
+        "rank",
+        "scale",
+        norm,
+        "survived",
+        *gained,
+        "bound by",
+        *(["adapter"] if several else []),
+    ):
         table.add_column(column, justify="left" if column in left else "right", overflow="fold")
     for row in result.sites[:_SHOWN]:
         rank = "-" if row["rank"] is None else str(row["rank"])
-        numbers = (number(row["scale"]), number(row["relative_norm"]), percent(row["survived"]))
+        numbers = [number(row["scale"]), number(row["relative_norm"]), percent(row["survived"])]
+        numbers += [_gain(row.get("gain"))] if gained else []
         table.add_row(row["name"], row["kind"], rank, *numbers, row["way"], *([row["adapter"]] if several else []))
     if len(result.sites) > _SHOWN:
         table.add_row(f"... and {len(result.sites) - _SHOWN} more (--json lists all)")
     console.print(table)
+    if result.calibration is not None and result.calibration["calibrated"] is not None:
+        console.print(Text(_calibrated(result.calibration)))
     for note in result.notes:
         console.print(Text(f"note: {note}"))
     if result.verification is not None:
@@ -63,6 +77,19 @@ def print_fold(result: FoldResult, console: Console) -> None:
         _print_estimate(result, result.estimate, console)
     if result.saved_adapter is not None:
         console.print(Text(f"{done} {result.saved_adapter} (the LoRA of the graph, as a PEFT adapter)"))
+
+
+def _gain(gain: dict[str, Any] | None) -> str:
+    """A site's error with rounding to nearest, and with what was chosen."""
+    if gain is None:
+        return "-"
+    return f"{gain['nearest']:.2g} → {gain['calibrated']:.2g}" if gain["used"] else f"{gain['nearest']:.2g}"
+
+
+def _calibrated(found: dict[str, Any]) -> str:
+    nearest, chosen = found["nearest"], found["calibrated"]
+    ratio = f" ({nearest / chosen:.2f} times less)" if chosen and chosen < nearest else ""
+    return f"calibrated rounding: error of the outputs on held-out inputs {nearest:.3g} → {chosen:.3g}{ratio}"
 
 
 def _print_estimate(result: FoldResult, reckoned: Estimate, console: Console) -> None:

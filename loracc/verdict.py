@@ -44,8 +44,9 @@ class WeightSite:
         adapter: Names of the adapters.
         dtype: Its type in the output.
         correctly_rounded: Share of the elements that are the oracle rounded once.
-        required: The share that is needed.
-        worst_excess: Largest |W'−oracle| / (half an ulp + 2⁻²¹(|W|+|s|Σ|B||A|)); at most 1 passes.
+        required: The share that is needed; 0 of calibrated rounding, which chooses (loracc/verify_calibrated.py).
+        worst_excess: Largest |W'−oracle| / (half an ulp + 2⁻²¹(|W|+|s|Σ|B||A|)), or over what calibrated rounding may
+            move an element; at most 1 passes.
         max_relative_error: max |W'−oracle| / max |oracle|.
         relative_norm: ‖ΔW‖/‖W‖, None for a weight of zeros.
         survived: max(0, 1 − ‖(W'−W)−ΔW‖/‖ΔW‖), None when ΔW is zero.

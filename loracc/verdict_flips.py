@@ -30,6 +30,9 @@ def numbers_flip(numbers: Numbers) -> dict[str, Any] | None:
     site = next((site for site in weights.sites if site.name == weights.worst_site), None)
     if site is None:
         return None
+    if not site.required:  # calibrated rounding: no element need be the nearest one
+        text = f"no element further from W + ΔW than allowed; {site.name} comes to {site.worst_excess:.3g} of it"
+        return _flip("worst_excess", 1.0, site.worst_excess, text)
     shown = f"{100 * site.correctly_rounded:.5g}"
     word = "passes from" if site.reason else "fails above"
     text = f"{100 * site.required:g} % correctly rounded are required; {site.name} {word} {shown} %"

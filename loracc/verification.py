@@ -67,7 +67,7 @@ def verify(
     else:
         match = compare_checkpoints(expected, made.ir, _untied(base, bindings))
     structure = _structure(match, base, expected, made.ir, options, traced=traced)
-    weights = check_weights(expected, made.ir, match.pairs, bindings, progress)
+    weights = check_weights(expected, made.ir, match.pairs, bindings, progress, calibrated=options.calibrated)
     if options.end_to_end:
         end_to_end = check_end_to_end(base, made, _runnable(made), match, bindings, options)
     else:

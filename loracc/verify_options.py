@@ -34,6 +34,7 @@ class VerifyOptions:
         taps: Measure the error after every bound site, and not only when the check fails.
         task: Inputs with answers; scored, and compared in place of all other inputs.
         coverage: What became of the adapters' tensors, from where they were bound.
+        calibrated: The rounding was chosen (``fold --calibrate``): no element need be the nearest one.
         end_to_end: Run the models; the weights are checked in any case.
         memory_share: Share of the free memory that the reference may take; above it, end to end is skipped.
         optimized_bytes: Largest model whose graph is also compared after the runtime's optimizer.
@@ -55,6 +56,7 @@ class VerifyOptions:
     taps: bool = False
     task: TaskData | None = None
     coverage: Coverage | None = None
+    calibrated: bool = False
     end_to_end: bool = True
     memory_share: float = 0.4
     optimized_bytes: int = 1 << 30

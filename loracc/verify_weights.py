@@ -22,6 +22,7 @@ from loracc.progress import NoProgress, Progress
 from loracc.sites import Layout
 from loracc.tensors import dims, read_rows, tile_rows
 from loracc.verdict import Weights, WeightSite
+from loracc.verify_calibrated import Noise, relative_tolerance
 from loracc.verify_encoded import check_encoded, same_parts
 from loracc.verify_oracle import half_ulp, oracle_slabs
 from loracc.verify_structure import Pair
@@ -39,7 +40,13 @@ def required_share(dtype: ir.DataType) -> float:
 
 
 def check_weights(
-    base: ir.Model, out: ir.Model, pairs: Sequence[Pair], bindings: Sequence[Binding], progress: Progress | None = None
+    base: ir.Model,
+    out: ir.Model,
+    pairs: Sequence[Pair],
+    bindings: Sequence[Binding],
+    progress: Progress | None = None,
+    *,
+    calibrated: bool = False,
 ) -> Weights:
     """Compare every paired initializer.
 
@@ -49,6 +56,7 @@ def check_weights(
         pairs: Which initializer of the output stands for which of the base.
         bindings: The deltas, at sites of the base.
         progress: Told of the bytes compared.
+        calibrated: Matrices are held to what calibrated rounding promises (:mod:`loracc.verify_calibrated`).
     """
     progress = progress or NoProgress()
     ours, theirs = base.graph.initializers, out.graph.initializers
@@ -77,7 +85,8 @@ def check_weights(
         elif not _comparable(before, after):
             sites.append(_unlike(pair, here, before, after))
         else:
-            site, moved = _check_site(pair.out, before, after, _once(here))
+            chosen = calibrated and len(dims(after)) == 2
+            site, moved = _check_site(pair.out, before, after, _once(here), calibrated=chosen)
             sites.append(site)
             effect = max(effect, moved)
         progress.advance(after.nbytes, pair.out)
@@ -263,19 +272,26 @@ def _largest(values: Array) -> float:
 
 
 def _check_site(
-    name: str, before: ir.TensorProtocol, after: ir.TensorProtocol, bindings: Sequence[Binding]
+    name: str, before: ir.TensorProtocol, after: ir.TensorProtocol, bindings: Sequence[Binding], *, calibrated: bool
 ) -> tuple[WeightSite, float]:
     """One initializer of the output; also ‖ΔW‖."""
-    base, sums = _source(before), _Sums()
+    base, sums, broken = _source(before), _Sums(), list[str]()
     for layout, here in _by_layout(bindings):
+        noise = Noise()
         for original, exact, actual, magnitude in oracle_slabs(base, after, layout, here):
             wrong = round_to(exact, after.dtype).astype(np.float64) != actual
             with np.errstate(invalid="ignore"):  # inf − inf, when the output holds inf: sums.finite says so
                 sums.add(original, exact, actual, wrong)
-                if wrong.any():
+                if calibrated:
+                    noise += Noise.of(original, exact, actual, after.dtype)
+                elif wrong.any():
                     allowed = half_ulp(exact[wrong], after.dtype) + SLACK * magnitude(wrong)
                     sums.excess = max(sums.excess, _largest((actual[wrong] - exact[wrong]) / allowed))
+        if calibrated:
+            broken += noise.broken(after.dtype)
+            sums.excess = max(sums.excess, noise.excess(after.dtype))
     sums.foreign = _foreign(base, after, bindings)
+    required = 0.0 if calibrated else required_share(after.dtype)
     site_name, adapter = _names(bindings)
     norm = math.sqrt(sums.change)
     site = WeightSite(
@@ -284,28 +300,30 @@ def _check_site(
         adapter=adapter,
         dtype=after.dtype.name,
         correctly_rounded=sums.correct / max(sums.elements, 1),
-        required=required_share(after.dtype),
+        required=required,
         worst_excess=sums.excess,
         max_relative_error=sums.error / sums.largest if sums.largest else sums.error,
         relative_norm=norm / math.sqrt(sums.weight) if sums.weight else None,
         survived=max(0.0, 1.0 - math.sqrt(sums.lost) / norm) if norm else None,
-        reason=_reason(sums, required_share(after.dtype)),
+        reason=_reason(sums, required, broken if calibrated else None),
+        tolerance=relative_tolerance(after.dtype) if calibrated else None,
     )
     return site, norm
 
 
-def _reason(sums: _Sums, required: float) -> str:
+def _reason(sums: _Sums, required: float, broken: list[str] | None) -> str:
+    """``broken``: promises of calibrated rounding that do not hold; None where every element is to be the nearest."""
     share = sums.correct / max(sums.elements, 1)
     if not sums.finite:
         return "the output's weight holds inf or NaN"
-    found = []
+    found = list(dict.fromkeys(broken or ()))
     if sums.elements - sums.correct > _allowance(sums.elements, required):
         found.append(f"{100 * share:.4g} % of its elements are correctly rounded, {100 * required:g} % are needed")
-    if sums.excess > 1.0:
+    if sums.excess > 1.0 and broken is None:
         found.append(f"an element is {sums.excess:.3g} times further from W + ΔW than rounding once allows")
     if sums.foreign:
         found.append(f"{sums.foreign} elements outside the bound rows changed")
-    return ", ".join(found) + (_diagnosis(sums) if found and sums.change else "")
+    return ", ".join(found) + (_diagnosis(sums) if found and sums.change and broken is None else "")
 
 
 def _allowance(elements: int, required: float) -> float:

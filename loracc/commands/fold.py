@@ -16,6 +16,7 @@ from loracc.commands.options import (
     model_options,
     output_options,
 )
+from loracc.rounding_spec import ROUNDINGS
 
 __all__ = ["fold"]
 
@@ -30,6 +31,7 @@ Examples:
   loracc fold base/ a/@0.7 b/@0.3 --combine ties_svd --density 0.5 -o merged/
   loracc fold other.onnx adapter/ --base hf_folder/ -o out.onnx     weights without names: by their values
   loracc fold base.onnx lora.safetensors --alpha 16 -o out.onnx
+  loracc fold bf16_folder/ adapter/ --calibrate sentences.txt -o merged/
   loracc fold model.pt --allow-pickle --input x:float32[2,8] adapter/ -o out.onnx
   loracc fold lora_model.pt2 -o out.onnx --save-adapter found/   LoRA inside the graph, and as a PEFT adapter
 
@@ -49,6 +51,19 @@ ADAPTER is a file or a folder, optionally NAME=PATH to name it and PATH@0.7 for 
 @click.option(
     "--dtype", type=click.Choice(["fp32", "fp16", "bf16"]), help="Write weights in this dtype (default: the base's)."
 )
+@click.option(
+    "--round",
+    "rounding",
+    type=click.Choice(ROUNDINGS),
+    help="To the nearest 16-bit number, or calibrated: so that the model's outputs change least.",
+)
+@click.option(
+    "--calibrate",
+    type=click.Path(),
+    metavar="FILE",
+    help="Inputs to calibrate the rounding with: an .npz by input name, or text, a sample a line.",
+)
+@click.option("--tokenizer", type=click.Path(), metavar="DIR", help="Tokenizer for that text (default: the model's).")
 @model_options
 @click.option(
     "--data-layout",

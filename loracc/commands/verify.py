@@ -17,6 +17,7 @@ from loracc.commands.options import (
     output_options,
     timing_options,
 )
+from loracc.rounding_spec import ROUNDINGS
 
 __all__ = ["verify"]
 
@@ -49,6 +50,10 @@ Exit code 0 when every check passed, 1 when one said no, 2 when the call or a fi
 @base_option
 @combine_options
 @model_options
+@click.option(
+    "--round", "rounding", type=click.Choice(ROUNDINGS),
+    help="calibrated: OUT was rounded so, and cannot say it itself (.pt2, .safetensors; other files do).",
+)  # fmt: skip
 @click.option(
     "--reference", type=click.Choice(["fp32", "as-trained"]), default="fp32", show_default=True,
     help="The truth: the unfused model in higher precision than the output, or in the base's own type.",

@@ -1,0 +1,327 @@
+"""Fold with calibrated rounding: which neighbour each element is rounded to is chosen so that the outputs change least.
+
+Rounding W + ΔW back to 16 bits is the largest error of a fold, and at inference another choice of neighbours costs
+nothing: the error of a layer's outputs is the product of the rounding errors and of the inputs that it really sees.
+
+1. The bound weights are taken in stages, in the graph's order. The reference (the weights before their rounding, in
+   float32) and the model as it is rounded so far run on the calibration inputs, up to the stage's layers
+   (:mod:`loracc.second_moments`).
+2. A part of what the stages before have got wrong is linear in the layer's own input, and is taken back by moving the
+   weight before it is rounded (asymmetric calibration: Li et al. 2025, GPTAQ; here by half).
+3. The weight is rounded with feedback (:mod:`loracc.algebra_feedback`), fitted on three quarters of the inputs. On the
+   others it is compared with rounding to nearest; where it is better it is fitted again on all of them, and kept if
+   it holds what :mod:`loracc.verify_calibrated` promises of every weight.
+4. What no product reads (embeddings, convolutions, norms) is rounded to nearest, as always.
+5. At the end the whole model, calibrated, is compared with the whole model, rounded to nearest, on the held-out inputs.
+   If it is not better, everything is rounded to nearest.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from loracc.algebra_feedback import Nearest, round_with_feedback
+from loracc.blas import one_blas_thread
+from loracc.calibrated import CalibratedTensor, Gain
+from loracc.calibration_data import Batch
+from loracc.dtypes import Array, round_to
+from loracc.errors import InputError
+from loracc.folded import FoldedTensor
+from loracc.passes.site_inputs import SiteInput, site_inputs
+from loracc.progress import NoProgress, Progress
+from loracc.requantized import RequantizedTensor
+from loracc.runners import OnnxRunner
+from loracc.second_moments import Moments, collect_moments
+from loracc.sites import Layout
+from loracc.streaming import default_workers
+from loracc.tensors import dims, read_rows
+from loracc.verify_calibrated import STEPS, Noise, furthest
+from loracc.verify_graphs import in_reference
+from loracc.verify_memory import weights_in
+from loracc.verify_metrics import relative_l2
+
+__all__ = ["CalibrateOptions", "Calibration", "calibrate", "check_folds"]
+
+#: Bytes of weights that are run in one stage after the other; a model twice as large has half as many stages.
+_STAGE_BYTES = 3 << 30
+#: Each stage runs the model twice.
+_STAGES = 6
+#: The promises are held with room to spare: the verifier's sums differ in their last bits.
+_MARGIN = 0.9
+
+
+@dataclass(frozen=True)
+class CalibrateOptions:
+    """How the rounding is chosen.
+
+    Attributes:
+        damping, sweeps: Of :func:`loracc.algebra_feedback.round_with_feedback`.
+        correction: Which part of the error that the stages before left is taken back.
+        stages: At most so many stages; None is six, fewer for models above some hundred megabytes: each stage runs the
+            model twice.
+    """
+
+    damping: float = 0.03
+    sweeps: int = 2
+    correction: float = 0.5
+    stages: int | None = None
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What came of it.
+
+    Attributes:
+        tensors: The calibrated folds by initializer; to be used while the scratch folder is there.
+        nearest, calibrated: Relative error (L2) of all outputs on the held-out inputs, against the reference.
+        notes: What the user should know.
+    """
+
+    tensors: Mapping[str, CalibratedTensor] = field(default_factory=dict)
+    nearest: float | None = None
+    calibrated: float | None = None
+    notes: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Of ``fold --json``."""
+        return {"nearest": self.nearest, "calibrated": self.calibrated, "weights": len(self.tensors)}
+
+
+def calibrate(
+    graph: ir.Model,
+    batches: Sequence[Batch],
+    folder: Path,
+    options: CalibrateOptions | None = None,
+    progress: Progress | None = None,
+) -> Calibration:
+    """Choose the rounding of every folded weight that a product reads.
+
+    Args:
+        graph: A lowered graph: its folds are :class:`loracc.folded.FoldedTensor`. It stays as it is.
+        batches: See :mod:`loracc.calibration_data`.
+        folder: An empty folder for the values; the tensors read them there.
+        options: See :class:`CalibrateOptions`.
+        progress: Told of the elements that are rounded.
+
+    Raises:
+        RunError, InputError: The model does not run on the batches, gives numbers that are not finite, or has nothing
+            to choose: see :func:`check_folds`.
+        NumericsError: A rounded weight is not finite.
+        MissingExtraError: onnxruntime is not installed.
+    """
+    options, progress = options or CalibrateOptions(), progress or NoProgress()
+    check_folds(graph)
+    folds = {name: tensor for name, tensor in _folds(graph) if _can_choose(tensor)}
+    inputs = site_inputs(graph, folds)
+    left = len(list(_folds(graph))) - len(inputs)
+    notes = [f"{left} weights that no product reads are rounded to nearest."] if left and inputs else []
+    if not inputs:
+        raise InputError(
+            "calibrated rounding: no weight with a delta is read by a product of a 16-bit matrix alone.",
+            hint="Embeddings, convolutions and biases are rounded to nearest: leave --calibrate out.",
+        )
+    done: dict[str, CalibratedTensor] = {}
+    progress.begin("calibrating", sum(math.prod(dims(folds[name])) for name in inputs))
+    try:
+        for stage in _stages(graph, inputs, options):
+            with TemporaryDirectory(dir=folder) as scratch:
+                current = _with_values(graph, done) if done else None
+                sums = collect_moments(graph, current, list(dict.fromkeys(stage.values())), batches, Path(scratch))
+                jobs = [(name, sums[seen].read) for name, seen in stage.items() if all(sums[seen].rows)]
+                done.update(_rounded(folds, jobs, folder, options, progress))
+    finally:
+        progress.end()
+    return _judged(graph, done, batches, notes)
+
+
+def check_folds(graph: ir.Model) -> None:
+    """Refuse a lowered model whose rounding cannot be chosen.
+
+    Raises:
+        InputError: A folded weight is quantized, or all are written in 32 bits or more.
+    """
+    folds = dict(_folds(graph))
+    coded = next((name for name, tensor in folds.items() if isinstance(tensor, RequantizedTensor)), None)
+    if coded is not None:
+        raise InputError(
+            f"calibrated rounding: {coded} is quantized, and only 16-bit weights can be rounded so.",
+            hint="Leave --calibrate out, or fold into the 16-bit model and quantize the result.",
+        )
+    if folds and all(tensor.dtype.bitwidth > 16 for tensor in folds.values()):
+        kind = next(iter(folds.values())).dtype.name
+        raise InputError(
+            f"calibrated rounding: the output's weights are {kind}, which loses nothing that could be won back.",
+            hint="Write 16-bit weights with --dtype bf16 or fp16, or leave --calibrate out.",
+        )
+
+
+def _folds(graph: ir.Model) -> Iterator[tuple[str, FoldedTensor]]:
+    for name, value in graph.graph.initializers.items():
+        if isinstance(value.const_value, FoldedTensor) and value.const_value.bindings:
+            yield name, value.const_value
+
+
+def _can_choose(tensor: FoldedTensor) -> bool:
+    """A matrix that is rounded to 16 bits; in float32 there is nothing to win."""
+    return len(dims(tensor)) == 2 and tensor.dtype.bitwidth <= 16
+
+
+def _stages(
+    graph: ir.Model, inputs: Mapping[str, SiteInput], options: CalibrateOptions
+) -> Iterator[dict[str, SiteInput]]:
+    """The initializers in the graph's order; those that share an input share a stage."""
+    distinct = list(dict.fromkeys(inputs.values()))
+    affordable = min(_STAGES, int(_STAGE_BYTES // max(weights_in(graph, ir.DataType.FLOAT), 1)))
+    count = min(len(distinct), max(options.stages if options.stages is not None else affordable, 1))
+    for part in np.array_split(np.arange(len(distinct)), count):
+        chosen = {distinct[i] for i in part}
+        yield {name: seen for name, seen in inputs.items() if seen in chosen}
+
+
+def _with_values(graph: ir.Model, done: Mapping[str, CalibratedTensor]) -> ir.Model:
+    """The graph with some weights as they were rounded, and the others exact."""
+    copy = graph.clone()
+    for name, tensor in done.items():
+        copy.graph.initializers[name].const_value = tensor.rounded
+    return copy
+
+
+# -------------------------------------------------------------------------------------------------------------- weights
+
+_Job = tuple[str, Callable[[], tuple[Moments, Moments]]]
+
+
+def _rounded(
+    folds: Mapping[str, FoldedTensor], jobs: Sequence[_Job], folder: Path, options: CalibrateOptions, progress: Progress
+) -> dict[str, CalibratedTensor]:
+    """The weights of one stage, a worker each; one BLAS thread each, so that the bits do not depend on the workers."""
+
+    numbers = {name: number for number, name in enumerate(folds)}
+
+    def work(job: _Job) -> CalibratedTensor:
+        name, read = job
+        tensor = _round_one(folds[name], *read(), folder / f"{numbers[name]}.rounded", options)
+        progress.advance(math.prod(dims(tensor)), name)
+        return tensor
+
+    with one_blas_thread(), ThreadPoolExecutor(default_workers()) as pool:
+        return dict(zip((name for name, _ in jobs), pool.map(work, jobs), strict=True))
+
+
+def _round_one(
+    fold: FoldedTensor, fit: Moments, held_out: Moments, path: Path, options: CalibrateOptions
+) -> CalibratedTensor:
+    length = dims(fold)[0]
+    exact = fold.exact_rows(0, length)
+    original = read_rows(fold.base, 0, length).astype(exact.dtype)
+    rounded = round_to(exact, fold.dtype)
+    gains: dict[str, Gain] = {}
+    for layout, names in _by_layout(fold).items():
+        before, matrix, nearest = (layout.view(values) for values in (original, exact, rounded))
+        chosen, gain = _choose(before, matrix, nearest, fit, held_out, fold.dtype, options)
+        gains |= dict.fromkeys(names, gain)
+        if gain.used:
+            nearest[...] = chosen.astype(rounded.dtype)
+    return CalibratedTensor(fold, rounded, path, gains)
+
+
+def _by_layout(fold: FoldedTensor) -> dict[Layout, list[str]]:
+    """Names of the sites that lie in one place: readers of a shared weight are rounded as one."""
+    found: dict[Layout, list[str]] = {}
+    for binding in fold.bindings:
+        found.setdefault(binding.site.layout, []).append(binding.site.name)
+    return found
+
+
+def _grid(exact: Array, dtype: ir.DataType) -> Nearest:
+    """The grid around the exact values: nothing goes further than rule 1 of :mod:`loracc.verify_calibrated` allows."""
+    # Rounding what is at the edge may add half a step to it.
+    reach = furthest(float(np.abs(exact).max(initial=0.0)), dtype) * (1.0 - 0.5 / STEPS)
+
+    def nearest(values: Array, column: int, row: int) -> Array:
+        middle = exact[row : row + len(values), column]
+        return round_to(np.clip(values, middle - reach, middle + reach), dtype).astype(values.dtype)
+
+    return nearest
+
+
+def _choose(
+    original: Array,
+    exact: Array,
+    nearest: Array,
+    fit: Moments,
+    held_out: Moments,
+    dtype: ir.DataType,
+    options: CalibrateOptions,
+) -> tuple[Array, Gain]:
+    """One site's matrix ``[out, in]``, rounded with feedback, and whether that is better than to nearest."""
+    grid = _grid(exact, dtype)
+    before = held_out.output_error(nearest, exact)
+    chosen = _with_feedback(exact, fit, grid, options)
+    after = held_out.output_error(chosen, exact)
+    power = held_out.output_power(exact) or 1.0
+    if used := after < before:
+        chosen = _with_feedback(exact, fit + held_out, grid, options)
+        used = not Noise.of(original, exact, chosen, dtype).broken(dtype, margin=_MARGIN)
+    return chosen, Gain(math.sqrt(before / power), math.sqrt(after / power), used)
+
+
+def _with_feedback(exact: Array, moments: Moments, grid: Nearest, options: CalibrateOptions) -> Array:
+    return round_with_feedback(
+        _corrected(exact, moments, options), moments.own, grid, damping=options.damping, sweeps=options.sweeps
+    )
+
+
+def _corrected(exact: Array, moments: Moments, options: CalibrateOptions) -> Array:
+    """W + c·W·Kᵀ·C⁻¹: what is best for x̃ in place of x, in the directions that the inputs have."""
+    if not options.correction or not moments.cross.any():
+        return exact
+    system = moments.own.copy()
+    system[np.diag_indices(len(system))] += max(options.damping, 1e-6) * float(np.diag(system).mean())
+    shift = options.correction * np.linalg.solve(system, moments.cross)  # C⁻¹·K, transposed below
+    return exact + exact @ shift.T.astype(exact.dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------------- model
+
+
+def _judged(
+    graph: ir.Model, done: dict[str, CalibratedTensor], batches: Sequence[Batch], notes: list[str]
+) -> Calibration:
+    """Rule 5."""
+    used = {name: tensor for name, tensor in done.items() if any(gain.used for gain in tensor.gains.values())}
+    held_out = [batch.inputs for batch in batches if batch.held_out] or [batch.inputs for batch in batches]
+    if not used:
+        return Calibration(notes=(*notes, "calibration: rounding to nearest was better everywhere."))
+    rounded = graph.clone()
+    for name, tensor in _folds(graph):
+        rounded.graph.initializers[name].const_value = ir.tensor(tensor.numpy(), name=name)
+    reference = _outputs(graph, held_out)
+    nearest = _error(_outputs(rounded, held_out), reference)
+    calibrated = _error(_outputs(_with_values(rounded, used), held_out), reference)
+    if calibrated >= nearest:
+        note = "calibration: on the held-out inputs the whole model was no better than rounded to nearest, and is that."
+        return Calibration({}, nearest, calibrated, (*notes, note))
+    return Calibration(used, nearest, calibrated, tuple(notes))
+
+
+def _outputs(model: ir.Model, inputs: Sequence[Mapping[str, Array]]) -> list[dict[str, Array]]:
+    graph = in_reference(model, (), ir.DataType.FLOAT).model
+    assert isinstance(graph, ir.Model)
+    runner = OnnxRunner(graph)
+    return [runner.run(feeds) for feeds in inputs]
+
+
+def _error(outputs: Sequence[Mapping[str, Array]], reference: Sequence[Mapping[str, Array]]) -> float:
+    """Relative L2 error, the largest of all outputs' (each has a scale of its own)."""
+    names = [name for name, value in reference[0].items() if np.issubdtype(value.dtype, np.floating)]
+    return max(relative_l2([draw[name] for draw in outputs], [draw[name] for draw in reference]) for name in names)

@@ -1,0 +1,209 @@
+"""Batches to calibrate with: arrays of inputs (``.npz``), lines of text with the model's tokenizer, or made-up inputs.
+
+Every fourth batch is *held out*: it takes no part in the rounding, and decides whether the rounding helped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from loracc.dtypes import Array
+from loracc.errors import InputError, require
+from loracc.model import BaseModel
+from loracc.sample_inputs import check_inputs, fed, random_inputs, vocabulary_limits
+from loracc.sources.user_inputs import read_npz
+
+__all__ = ["Batch", "calibration_batches"]
+
+_BATCH = 8
+#: At least this many batches, so that some can be held out.
+_FEWEST = 4
+#: Longest text in tokens: attention's cost is quadratic, and the moments are sums over tokens.
+_LONGEST = 256
+_MADE_UP = 16
+#: More samples than these are thinned out evenly.
+_MOST = 512
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Inputs by name, and whether they are held out."""
+
+    inputs: Mapping[str, Array]
+    held_out: bool
+
+
+def calibration_batches(model: BaseModel, path: Path | None, tokenizer: Path | None, *, seed: int = 0) -> list[Batch]:
+    """Everything there is to calibrate with, in the file's order.
+
+    Args:
+        model: Its graph says which inputs it takes.
+        path: ``.npz`` of inputs by name, samples along the first axis; any other file is UTF-8 text, a sample a line.
+            None makes inputs up.
+        tokenizer: Folder of the tokenizer, for text; the model's own folder when None.
+        seed: Of made-up inputs.
+
+    Raises:
+        InputError: The file cannot be read, or does not fit the model.
+        MissingExtraError: Text is given, and transformers is not installed.
+    """
+    if path is None:
+        found = _made_up(model, seed)
+    elif not path.is_file():
+        raise InputError(f"{path}: no such file.", hint="--calibrate takes an .npz of model inputs, or a text file.")
+    elif _is_zip(path):
+        found = _from_arrays(model, path)
+    else:
+        found = _from_text(model, path, tokenizer)
+    return [Batch(inputs, index % _FEWEST == _FEWEST - 1) for index, inputs in enumerate(found)]
+
+
+def _is_zip(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(2) == b"PK"
+
+
+def _made_up(model: BaseModel, seed: int) -> list[Mapping[str, Array]]:
+    limits = {**vocabulary_limits(model.ir), **{name: hi for name, (_, hi) in model.input_ranges.items()}}
+    sizes = {"batch": 4, "sequence": 64}
+    return [random_inputs(model.ir, seed=seed + i, limits=limits, sizes=sizes) for i in range(_MADE_UP)]
+
+
+# -------------------------------------------------------------------------------------------------------------- arrays
+
+
+def _from_arrays(model: BaseModel, path: Path) -> list[Mapping[str, Array]]:
+    arrays = read_npz(path)
+    wanted = fed(model.ir)
+    missing = [str(value.name) for value in wanted if value.name not in arrays]
+    if missing:
+        raise InputError(
+            f"{path}: no array for the model's inputs {', '.join(missing)}; it holds {', '.join(sorted(arrays))}.",
+            hint="Save them by the inputs' names: numpy.savez(FILE, input_ids=..., attention_mask=...).",
+        )
+    arrays = {str(value.name): arrays[str(value.name)] for value in wanted}
+    counts = {array.shape[0] for array in arrays.values() if array.ndim}
+    if len(counts) != 1:
+        shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in arrays.items())
+        raise InputError(f"{path}: the arrays do not have one number of samples along their first axis: {shapes}.")
+    count = counts.pop()
+    if count > _MOST:
+        kept = _spread(count)
+        arrays = {name: array[kept] if array.ndim else array for name, array in arrays.items()}
+        count = _MOST
+    size = _fixed_batch(wanted) or min(_BATCH, max(1, count // _FEWEST))
+    batches: list[Mapping[str, Array]] = [_cut(arrays, lo, lo + size) for lo in range(0, count - size + 1, size)]
+    if not batches:
+        raise InputError(f"{path}: {count} samples, and the model takes {size} at a time.")
+    check_inputs(model.ir, batches[0])
+    return batches
+
+
+def _spread(count: int) -> Array:
+    """Indices of the samples that are used."""
+    return np.arange(_MOST) * count // _MOST
+
+
+def _fixed_batch(values: Sequence[ir.Value]) -> int | None:
+    """The size of the first axis, where the graph says it."""
+    sizes = {value.shape[0] for value in values if value.shape}
+    return next((size for size in sizes if isinstance(size, int)), None)
+
+
+def _cut(arrays: Mapping[str, Array], lo: int, hi: int) -> dict[str, Array]:
+    return {name: array[lo:hi] if array.ndim else array for name, array in arrays.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------- text
+
+
+def _from_text(model: BaseModel, path: Path, tokenizer: Path | None) -> list[Mapping[str, Array]]:
+    lines = _lines(path)
+    folder = tokenizer or (model.path if model.path.is_dir() else model.path.parent)
+    tokens = _tokenizer(folder)
+    wanted = fed(model.ir)
+    length = _fixed_length(wanted)
+    size = _fixed_batch(wanted) or min(_BATCH, max(1, len(lines) // _FEWEST))
+    return list(_tokenized(tokens, lines, wanted, size, length))
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{path}: neither an .npz file nor UTF-8 text ({error.reason} at byte {error.start}).",
+            hint="--calibrate takes an .npz of model inputs, or a text file with a sample a line.",
+        ) from error
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror or error}.") from error
+    lines = [line for line in lines if line]
+    if len(lines) > _MOST:
+        lines = [lines[int(index)] for index in _spread(len(lines))]
+    if not lines:
+        raise InputError(f"{path}: no text in it.")
+    return lines
+
+
+def _tokenizer(folder: Path) -> Any:
+    transformers: Any = require("transformers", "tokenize text")
+    try:
+        found = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(
+            f"{folder}: no tokenizer can be loaded from it: {str(error).strip().splitlines()[0]}",
+            hint="Name its folder with --tokenizer DIR, or give --calibrate an .npz of model inputs.",
+        ) from error
+    if found.pad_token is None:
+        found.pad_token = found.eos_token or found.unk_token
+    return found
+
+
+def _fixed_length(values: Sequence[ir.Value]) -> int | None:
+    ids = next((value for value in values if value.name == "input_ids"), None)
+    size = ids.shape[1] if ids is not None and ids.shape is not None and len(ids.shape) > 1 else None
+    return size if isinstance(size, int) else None
+
+
+def _tokenized(
+    tokens: Any, lines: Sequence[str], wanted: Sequence[ir.Value], size: int, length: int | None
+) -> Iterator[Mapping[str, Array]]:
+    # The base's own ids may be fewer than the tokenizer's; neighbours of like length waste little padding.
+    longest = length or min(int(tokens.model_max_length), _LONGEST)
+    for lo in range(0, len(lines) - size + 1, size):
+        encoded = tokens(
+            list(lines[lo : lo + size]),
+            padding="max_length" if length else True,
+            truncation=True,
+            max_length=longest,
+            return_attention_mask=True,
+            return_tensors="np",
+        )
+        yield {str(value.name): _input(value, encoded) for value in wanted}
+
+
+def _input(value: ir.Value, encoded: Mapping[str, Array]) -> Array:
+    """One input of the model from what the tokenizer gives; a decoder's cache is empty."""
+    name = str(value.name)
+    kind = (value.dtype or ir.DataType.INT64).numpy()
+    mask = encoded["attention_mask"]
+    if name in encoded:
+        return encoded[name].astype(kind)
+    if name == "position_ids":
+        return np.maximum(np.cumsum(mask, axis=1) - 1, 0).astype(kind)
+    if name == "token_type_ids":
+        return np.zeros(mask.shape, kind)
+    if name.startswith("past_key_values") and value.shape is not None:
+        # Batch, heads, past length, size of a head: all but the batch are numbers or the empty past.
+        sizes = [dim if isinstance(dim, int) else 0 for dim in value.shape]
+        return np.zeros((len(mask), *sizes[1:]), kind)
+    raise InputError(
+        f"input {name!r} of the model is nothing that a tokenizer gives.",
+        hint="Give --calibrate an .npz of all the model's inputs.",
+    )
