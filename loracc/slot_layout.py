@@ -17,6 +17,7 @@ Site j of weight u has ranks j·R to (j+1)·R of its rᵤ. B is stored *negative
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
@@ -24,13 +25,15 @@ import onnx_ir as ir
 
 from loracc.deltas import LowRank
 from loracc.dtypes import Array, all_finite, round_to
-from loracc.errors import BindingError, NumericsError
+from loracc.errors import BindingError, InputError, NumericsError
 from loracc.folded import Binding
 from loracc.manifest import Branch, Manifest
 
-__all__ = ["Index", "slot_parts", "slot_places", "stack_shapes"]
+__all__ = ["LAYOUTS", "Index", "empty_stack", "room", "slot_parts", "slot_places", "stack_shapes"]
 
 Index = tuple[slice | int, ...]
+#: The table's.
+LAYOUTS = ("columns", "stacked", "rows")
 
 
 def room(branch: Branch, rank: int) -> list[int]:
@@ -51,6 +54,22 @@ def stack_shapes(branch: Branch, slots: int, rank: int) -> dict[str, tuple[int, 
     for weight, own in zip(branch.weights, rooms, strict=True):
         shapes[weight.name] = (slots * own, weight.out) if branch.layout == "columns" else (slots, own, weight.out)
     return shapes
+
+
+def empty_stack(name: str, shape: tuple[int, ...], dtype: ir.DataType) -> Array:
+    """A stack of free slots.
+
+    Raises:
+        InputError: There is no memory for it.
+    """
+    try:
+        return np.zeros(shape, dtype.numpy())
+    except (MemoryError, ValueError) as error:  # numpy's two answers to a size that cannot be
+        size = math.prod(shape) * dtype.itemsize
+        raise InputError(
+            f"{name}: its slots {list(shape)} of {dtype.name} take {size:,.0f} bytes, more than there is memory for.",
+            hint="Give fewer --slots, or a smaller --rank.",
+        ) from error
 
 
 def slot_places(branch: Branch, slots: int, rank: int, slot: int) -> Iterator[tuple[str, Index, Index]]:

@@ -18,7 +18,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-import numpy as np
 import onnx_ir as ir
 
 from loracc.errors import UnsupportedError
@@ -30,7 +29,7 @@ from loracc.passes.delta_nodes import BranchNodes, join, subtract
 from loracc.passes.delta_points import delta_points
 from loracc.passes.slot_numbers import SlotNumbers
 from loracc.sites import Site
-from loracc.slot_layout import room, stack_shapes
+from loracc.slot_layout import empty_stack, room, stack_shapes
 
 __all__ = ["AttachBatchedPass"]
 
@@ -147,7 +146,7 @@ class _Branch:
         return self._zeroed(nodes("MatMul", [x, own], "down"), numbers.chosen(axes), nodes)
 
     def _zeroed(self, t: ir.Value, mask: ir.Value, nodes: BranchNodes) -> ir.Value:
-        return nodes("Where", [mask, t, self.numbers.zero(self.group.dtype)], "own")
+        return nodes("Where", [mask, t, self.numbers.scalar(0.0, self.group.dtype)], "own")
 
     def _split(self, t: ir.Value, nodes: BranchNodes) -> list[ir.Value]:
         """Each weight's part of t."""
@@ -168,12 +167,20 @@ class _Branch:
         delta = nodes("MatMul", [t, nodes("Gather", [b, self.numbers.index(axes)], "slot_B", axis=0)], "up")
         if rows.axes == 2 and not self.group.gathers:
             delta = nodes("Reshape", [delta, self.numbers.constant([-1, int(b.shape[-1])])], "flat")  # type: ignore[index,arg-type]
-        subtract(node, delta, nodes)
+        subtract(node, self._scaled(node, delta, nodes), nodes)
+
+    def _scaled(self, node: ir.Node, delta: ir.Value, nodes: BranchNodes) -> ir.Value:
+        """At the α of a Gemm, which the weight's own product has too. A zero stays +0 also where α is negative."""
+        alpha = node.attributes.get_float("alpha", 1.0)
+        if node.op_type != "Gemm" or alpha == 1.0:
+            return delta
+        size = nodes("Mul", [delta, self.numbers.scalar(abs(alpha), self.group.dtype)], "alpha")
+        return size if alpha > 0 else nodes("Sub", [self.numbers.scalar(0.0, self.group.dtype), size], "minus")
 
     def _stack(self, name: str, shape: tuple[int, ...]) -> ir.Value:
         if name in self.graph.initializers:
             raise UnsupportedError(f"the graph has a value named {name!r} already.")
-        tensor = ir.Tensor(np.zeros(shape, self.group.dtype.numpy()), dtype=self.group.dtype, name=name)
+        tensor = ir.Tensor(empty_stack(name, shape, self.group.dtype), dtype=self.group.dtype, name=name)
         value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(self.group.dtype), const_value=tensor)
         self.graph.register_initializer(value)
         return value

@@ -6,7 +6,8 @@ The batch is axis 0 of the model's inputs. A value follows it in one of two ways
     flattened  axis 0 is the batch and all axes behind it, batch first: [batch·rows, features], as a Reshape made it
 
 Both are proved by the dimensions (:mod:`loracc.passes.value_dims`), walking back through operators that leave the rows
-where they are. What cannot be proved is refused.
+where they are. What cannot be proved is refused: so is a batch of fixed size that is another axis' length too, as two
+equal numbers prove nothing (a batch of one is told from nothing, and need not be).
 """
 
 from __future__ import annotations
@@ -78,6 +79,10 @@ class BatchRows:
             found = self.dims.of(value)
             if found:
                 self.batches.setdefault(found[0], value)
+        elsewhere = self._lengths_of_other_axes(model)
+        self.ambiguous = [n for n in self.batches if isinstance(n, int) and n > 1 and n in elsewhere]
+        for number in self.ambiguous:
+            del self.batches[number]
 
     def of(self, value: ir.Value, where: str) -> Rows:
         """How ``value`` follows the batch.
@@ -100,12 +105,20 @@ class BatchRows:
                 return Rows(self.batches[flat], 2, flattened=True)
             current = self._same_rows(current)
         shape = self.dims.of(value)
+        why = f" (the batch of {self.ambiguous[0]} is the length of another axis too)" if self.ambiguous else ""
         raise UnsupportedError(
             f"{where}: which rows of its input {value.name!r} (shape {_told(shape)}) belong to which row of the batch "
-            "cannot be told.",
+            f"cannot be told{why}.",
             hint="Export the model with a dynamic batch as axis 0 of its inputs, or attach as inputs: one adapter for "
             "all rows of a call.",
         )
+
+    def _lengths_of_other_axes(self, model: ir.Model) -> set[Hashable]:
+        """Every length behind axis 0, of any value; nothing is looked at where no batch has a fixed size."""
+        if not any(isinstance(number, int) and number > 1 for number in self.batches):
+            return set()
+        values = [*model.graph.inputs, *(value for node in model.graph for value in node.outputs)]
+        return {length for value in values for length in (self.dims.of(value) or ())[1:]}
 
     def _before_flattening(self, value: ir.Value) -> Hashable | None:
         """The batch of what a Reshape made [rows, features] of: it was axis 0; the last axes are the features now."""

@@ -61,9 +61,9 @@ class SlotNumbers:
         values = tuple(numbers)
         return self._initializer(("constant", *values), np.asarray(values, np.int64))
 
-    def zero(self, dtype: ir.DataType) -> ir.Value:
-        """The scalar 0."""
-        return self._initializer(("zero", dtype), np.zeros((), dtype.numpy()))
+    def scalar(self, number: float, dtype: ir.DataType) -> ir.Value:
+        """A number of a type."""
+        return self._initializer(("scalar", number, dtype), np.asarray(number).astype(dtype.numpy()))
 
     def by_batch(self, width: int) -> ir.Value:
         """The shape ``[batch, -1, width]``."""

@@ -27,7 +27,7 @@ LAYERS = (
     ("verification", "verify.*", "bench_grid"),
     ("second_moments", "calibration_data", "rounding_spec", "calibrate", "calibrated_fold"),
     ("report.*", "reports.*", "bench_files", "inspection", "counting"),
-    ("lower", "job", "estimate", "packed_factors"),
+    ("lower", "job", "estimate", "packed_factors", "manifest_check"),
     ("content",),
     ("binding", "fold_result", "save_raised", "combine", "recorded", "lowered"),
     ("pipeline", "engine", "refit.*", "runtime.*", "benching", "unfolding", "convert", "extract"),

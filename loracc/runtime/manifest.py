@@ -130,7 +130,10 @@ def contained(path: Path, relative: str) -> Path:
     if not relative or "\0" in relative or foreign or ".." in inside.parts or ".." in windows.parts:
         raise _damaged(path, f"{relative!r:.120} is not a path inside its folder")
     folder = Path(os.path.realpath(path.parent))
-    real = Path(os.path.realpath(folder / inside))
+    try:
+        real = Path(os.path.realpath(folder / inside))
+    except ValueError as error:  # characters that no file name can have
+        raise _damaged(path, f"{relative!r:.120} is not a path inside its folder") from error
     if not real.is_relative_to(folder):
         raise _damaged(path, f"{relative!r:.120} is a link that leaves its folder")
     return real

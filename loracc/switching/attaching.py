@@ -91,8 +91,12 @@ def attach(
     read = read_adapters(specs, told, combine=None, density=None, rank=None, seed=0)
     if Path(output).suffix.lower() == ".onnx_adapter":
         check_reports(reports, [*inputs, Path(output)])
-        if sums or dtype is not None:
-            raise InputError("--sum and --dtype mean nothing to an .onnx_adapter: several adapters add up in it.")
+        asked = {"--sum": sums, "--dtype": dtype, "--base": original, "--as": mode != "inputs" and mode}
+        if refused := [option for option, value in asked.items() if value]:
+            raise InputError(
+                f"{', '.join(refused)}: means nothing to an .onnx_adapter, which is for a graph of --as inputs that is "
+                "there; several adapters add up in it."
+            )
         call = OneMore(Path(model), Path(output), verify, force, dry_run)
         more = write_one_more(call, load_traced(model, load), read, maps, allow_unmatched)
         _report(reports, more.to_json())

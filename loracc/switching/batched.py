@@ -15,12 +15,15 @@ from loracc.errors import InputError
 from loracc.manifest import ADAPTER_IDS, Manifest
 from loracc.passes.attach_batched import AttachBatchedPass
 from loracc.passes.delta_points import refuse_other_kinds
-from loracc.slot_layout import slot_parts, slot_places, stack_shapes
+from loracc.slot_layout import empty_stack, slot_parts, slot_places, stack_shapes
 from loracc.switching.lowered import attached_base, finished, write_attached
 from loracc.switching.request import AttachRequest, AttachResult, Bound, union_of_sites
 from loracc.verify_attached import Trial
 
 __all__ = ["make"]
+
+#: Every slot costs memory, also while it is free.
+_MOST_SLOTS = 1 << 16
 
 
 def make(request: AttachRequest) -> AttachResult:
@@ -51,6 +54,8 @@ def _slots(request: AttachRequest) -> list[str]:
     count = len(names) if request.slots is None else request.slots
     if count < len(names):
         raise InputError(f"--slots {count}: there are {len(names)} adapters.", hint="Give as many slots or more.")
+    if count > _MOST_SLOTS:
+        raise InputError(f"--slots {count}: a graph has room for at most {_MOST_SLOTS:,}.", hint="Give fewer.")
     return [*names, *[""] * (count - len(names))]
 
 
@@ -63,7 +68,7 @@ def _fill(graph: ir.Model, manifest: Manifest, parts: list[dict[str, Array]]) ->
     dtype = ir.DataType[manifest.dtype]
     for branch in manifest.branches:
         slots, rank = len(manifest.slots), manifest.rank
-        stacks = {name: np.zeros(shape, dtype.numpy()) for name, shape in stack_shapes(branch, slots, rank).items()}
+        stacks = {name: empty_stack(name, shape, dtype) for name, shape in stack_shapes(branch, slots, rank).items()}
         for slot, one in enumerate(parts):
             for name, where, own in slot_places(branch, slots, rank, slot):
                 stacks[name][where] = one[name][own]

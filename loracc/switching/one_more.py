@@ -11,6 +11,7 @@ from loracc.binding import bind_each
 from loracc.errors import CheckFailed, InputError
 from loracc.formats.runtime_adapter import write_runtime_adapter
 from loracc.manifest import Manifest
+from loracc.manifest_check import check_manifest, check_places
 from loracc.model import BaseModel
 from loracc.packed_factors import Packed, pack
 from loracc.passes.delta_nodes import detach
@@ -64,6 +65,7 @@ def write_one_more(
             f"{call.graph}: attached as {manifest.mode}, which takes no .onnx_adapter files.",
             hint="Fill a slot of it instead: loracc slot OUT.onnx NUMBER ADAPTER",
         )
+    check_manifest(manifest, model.ir, call.graph)
     graph = model.ir.clone()
     detach(graph, manifest.parameters)
     sites = SiteTable(site for site in model.sites if site.initializer not in manifest.parameters)
@@ -72,6 +74,7 @@ def write_one_more(
     for one in bound:
         refuse_other_kinds(one.bindings)
     bindings = summed([Part(one, 1.0) for one in bound])
+    check_places(manifest, bindings, call.graph)
     packed = pack(manifest, bindings)
     result = _result(call, bound, packed)
     if call.dry_run:

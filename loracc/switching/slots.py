@@ -26,6 +26,7 @@ from loracc.errors import InputError
 from loracc.folded import Binding
 from loracc.formats import parse_adapter_spec
 from loracc.manifest import MANIFEST_KEY, Manifest, weights_digest
+from loracc.manifest_check import check_manifest, check_places
 from loracc.model import BaseModel, LoadOptions
 from loracc.passes.delta_nodes import PREFIX
 from loracc.passes.delta_points import refuse_other_kinds
@@ -99,6 +100,7 @@ def fill_slot(
         [bound] = bind_each(model, [read], maps, allow_unmatched)
         refuse_other_kinds(bound.bindings)
         _refuse_other_sites(path, manifest, bound.bindings)
+        check_places(manifest, bound.bindings, path)
         bindings, name, notes = bound.bindings, read.name, bound.notes
     parts = slot_parts(manifest, bindings, manifest.rank)
     written = _write(path, model, manifest, slot, name, parts)
@@ -111,6 +113,7 @@ def _check_graph(path: Path, model: BaseModel, manifest: Manifest, slot: int) ->
         raise InputError(f"{path}: attached as {manifest.mode}, which has no slots.", hint="Slots: --as batched.")
     if not 0 <= slot < len(manifest.slots):
         raise InputError(f"{path}: there is no slot {slot}.", hint=f"Its slots: 0 to {len(manifest.slots) - 1}.")
+    check_manifest(manifest, model.ir, path)
     names = {str(name) for name in model.ir.graph.initializers}
     added = {name for name in names if name.startswith(PREFIX)} | set(manifest.parameters)
     if weights_digest(model.ir, frozenset(added)) != manifest.base:

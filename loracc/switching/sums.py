@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -11,6 +12,8 @@ from loracc.folded import Binding
 from loracc.switching.request import Bound
 
 __all__ = ["Part", "parse_sums", "summed"]
+
+_NAME = re.compile(r"[\w.+-]{1,100}", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,11 @@ def parse_sums(texts: Sequence[str], bound: Sequence[Bound]) -> dict[str, tuple[
         name, equals, terms = text.partition("=")
         if not equals or not name or not terms:
             raise InputError(f"--sum {text}: expected NAME=a+b or NAME=a@0.7+b@0.3, with the adapters' names.")
+        if not _NAME.fullmatch(name):
+            raise InputError(
+                f"--sum {text}: {name!r:.120} cannot be the name of a file beside the output.",
+                hint="Up to 100 letters, digits, and . _ + - make a NAME.",
+            )
         if name in known or name in found:
             raise InputError(f"--sum {text}: there is an adapter {name!r} already.", hint="Choose another NAME.")
         found[name] = tuple(_part(text, term, known) for term in _terms(terms, known))

@@ -67,6 +67,7 @@ BROKEN_ON_OPENING: dict[str, tuple[Edit, str]] = {
     "later version": (manifest(lambda m: m.update(version=9)), "version 9 of the manifest"),
     "no graph": (manifest(lambda m: m.pop("graph")), "missing or of the wrong type"),
     "number as path": (manifest(lambda m: m["graph"].update(path=3)), "missing or of the wrong type"),
+    "a path that no system has": (manifest(lambda m: m["graph"].update(path="\ud800")), "not a path inside its folder"),
     "variants a list": (manifest(lambda m: m.update(variants=[])), "missing or of the wrong type"),
     "absolute graph": (manifest(lambda m: set_path(m, "/etc/passwd")), "not a path inside its folder"),
     "upwards graph": (manifest(lambda m: set_path(m, "../base.onnx")), "not a path inside its folder"),
