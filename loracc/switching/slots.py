@@ -11,6 +11,8 @@ A session that was opened before may see the old slot, the new one or a mixture;
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -166,9 +168,15 @@ def _write_outside(model: BaseModel, places: Sequence[tuple[str, Index, Array]])
         tensor = model.ir.graph.initializers[stack].const_value
         assert isinstance(tensor, ir.ExternalTensor)
         shape = tuple(int(n) for n in tensor.shape.numpy())
-        mapped = np.memmap(tensor.path, part.dtype, "r+", offset=tensor.offset or 0, shape=shape)
-        mapped[where] = part
-        mapped.flush()
+        try:
+            mapped = np.memmap(tensor.path, part.dtype, "r+", offset=tensor.offset or 0, shape=shape)
+            mapped[where] = part
+            mapped.flush()
+        except OSError as error:
+            raise InputError(
+                f"{tensor.path}: cannot be written: {error.strerror or error}.",
+                hint=f"The slot may be half written; its name is {UNFINISHED!r} now. Write it again, or --clear it.",
+            ) from error
         files.add(Path(tensor.path))
     return files
 
@@ -180,19 +188,24 @@ def _write_inside(tensor: onnx.TensorProto, where: Index, part: Array) -> None:
 
 
 def _record(proto: onnx.ModelProto, path: Path, manifest: Manifest) -> None:
-    """Write the graph with another record, by renaming a new file over the old one."""
+    """Write the graph with another record, by renaming a new file over the old one; a link stays one."""
     for entry in proto.metadata_props:
         if entry.key == MANIFEST_KEY:
             entry.value = manifest.to_text()
-    aside = path.with_name(f".{path.name}.slot")
+    real = Path(os.path.realpath(path))
+    aside: Path | None = None
     try:
-        aside.write_bytes(proto.SerializeToString())
+        with tempfile.NamedTemporaryFile(dir=real.parent, prefix=f".{real.name}.", delete=False) as file:
+            aside = Path(file.name)
+            file.write(proto.SerializeToString())
+        shutil.copymode(real, aside)
         _sync(aside)
-        os.replace(aside, path)
+        os.replace(aside, real)
     except OSError as error:
         raise InputError(f"{path}: cannot be written: {error.strerror or error}.") from error
     finally:
-        aside.unlink(missing_ok=True)
+        if aside is not None:
+            aside.unlink(missing_ok=True)
 
 
 def _sync(path: Path) -> None:

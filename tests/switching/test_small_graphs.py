@@ -126,6 +126,22 @@ def test_records_that_are_not_true(edit: str, mode: str, tmp_path: Path) -> None
     assert out.read_bytes() == before and not (tmp_path / "more.onnx_adapter").exists()
 
 
+def test_a_linked_graph_keeps_its_link_and_mode(tmp_path: Path) -> None:
+    base, (file, delta) = saved(tmp_path / "base.onnx", product), adapter(tmp_path / "a.safetensors")
+    (tmp_path / "store").mkdir()
+    real, link = tmp_path / "store/out.onnx", tmp_path / "link.onnx"
+    loracc.attach(base, [file], real, mode="batched", slots=2, alpha=R, verify=False)
+    real.chmod(0o640)
+    link.symlink_to(real)
+    fill_slot(link, 1, file, alpha=R)
+    assert link.is_symlink() and real.stat().st_mode & 0o777 == 0o640
+    assert [path.name for path in real.parent.iterdir()] == ["out.onnx"]
+    running, x = session(real), Builder().random(2, 3, IN)
+    off, on = (running.run(None, {"x": x, "adapter_ids": np.array(ids)})[0] for ids in ([-1, -1], [1, -1]))
+    np.testing.assert_allclose((on - off)[0], x[0] @ delta.T, atol=1e-5)
+    assert on[1].tobytes() == off[1].tobytes()
+
+
 @pytest.mark.parametrize(
     ("told", "message"),
     [
