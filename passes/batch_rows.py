@@ -77,7 +77,7 @@ class BatchRows:
         fed = [v for v in model.graph.inputs if v.name not in model.graph.initializers and v.shape is not None]
         for value in fed:
             found = self.dims.of(value)
-            if found:
+            if found and not _batch_is_behind(found):
                 self.batches.setdefault(found[0], value)
         elsewhere = self._lengths_of_other_axes(model)
         self.ambiguous = [n for n in self.batches if isinstance(n, int) and n > 1 and n in elsewhere]
@@ -147,6 +147,12 @@ class BatchRows:
             if self.dims.rank(given) == axes:
                 return given
         return None
+
+
+def _batch_is_behind(dims: tuple[Hashable, ...]) -> bool:
+    """Whether an input's own names say that its batch is another axis than the first: [sequence, batch, ...]."""
+    named = ["batch" in _dim(dim).lower() for dim in dims]
+    return any(named) and not named[0]
 
 
 def _length(dims: tuple[Hashable, ...]) -> Hashable:

@@ -74,6 +74,15 @@ def test_batches_of_fixed_size(batch: int, tmp_path: Path) -> None:
         loracc.attach(base, [file], tmp_path / "out.onnx", mode="batched", alpha=R)
 
 
+def test_a_batch_that_is_not_the_first_axis(tmp_path: Path) -> None:
+    def turned(build: Builder) -> ir.Value:
+        return build("MatMul", build.input("x", ["sequence", "batch_size", IN]), build.weight((IN, OUT), "lin.weight"))
+
+    base, (file, _) = saved(tmp_path / "base.onnx", turned), adapter(tmp_path / "a.safetensors")
+    with pytest.raises(UnsupportedError, match=r"shape \[sequence, batch_size, 8\].*cannot be told"):
+        loracc.attach(base, [file], tmp_path / "out.onnx", mode="batched", alpha=R)
+
+
 def test_a_fixed_batch_that_is_told(tmp_path: Path) -> None:
     def straight(build: Builder) -> ir.Value:
         return build("MatMul", build.input("x", [3, 4, IN]), build.weight((IN, OUT), "lin.weight"))
