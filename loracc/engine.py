@@ -56,6 +56,7 @@ def build_trt(
     *,
     flavor: str | None = None,
     profiles: Sequence[str] = (),
+    max_rank: int | None = None,
     workspace: int | None = None,
     tf32: bool = False,
     optimization_level: int | None = None,
@@ -77,6 +78,8 @@ def build_trt(
         output: The engine; a manifest goes beside it.
         flavor: "tensorrt" or "rtx"; the one that is installed when None.
         profiles: ``NAME:MIN:OPT:MAX`` for each dynamic input.
+        max_rank: Of a graph of ``attach --as inputs``: the largest rank of an adapter. Its factors become inputs whose
+            rank reaches from 0 to it; those with a profile of their own need none.
         workspace: Bytes of scratch memory.
         tf32: Allow TF32.
         optimization_level: 0 to 5.
@@ -122,7 +125,7 @@ def build_trt(
             tuple(sorted({binding.site.initializer for binding in bindings})),
             cache,
         )
-        shapes = parse_profiles(profiles, lowered.ir.graph.inputs)
+        shapes = parse_profiles(_all_profiles(lowered, profiles, max_rank), lowered.ir.graph.inputs)
         said: dict[str, Any] = {
             "flavor": trt.flavor,
             "version": trt.version,
@@ -145,6 +148,21 @@ def build_trt(
     table = replace(manifest, weights={}).to_json()
     sites = list(manifest.sites)
     return EngineResult(str(path), stage.files, trt.flavor, trt.version, len(plan.data), sites, table, builds)
+
+
+def _all_profiles(model: BaseModel, profiles: Sequence[str], max_rank: int | None) -> list[str]:
+    """What was given, and the ranges of switchable factors, which become inputs."""
+    from loracc.targets.tensorrt_parameters import factor_profiles, make_inputs
+
+    manifest = make_inputs(model.ir)
+    if manifest is not None:
+        return [*profiles, *factor_profiles(manifest, model.ir.graph.inputs, profiles, max_rank)]
+    if max_rank is not None:
+        raise InputError(
+            "--max-rank is the range of switchable factors, and the graph has none.",
+            hint="Leave it out, or make such a graph: loracc attach BASE.onnx ADAPTER --as inputs -o OUT.onnx",
+        )
+    return list(profiles)
 
 
 def _is_like(other: Path, built: Path, *, last: bool) -> bool:

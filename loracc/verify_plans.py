@@ -19,7 +19,7 @@ import numpy as np
 from loracc.dtypes import Array
 from loracc.errors import InputError
 from loracc.targets.tensorrt_manifest import PLANS, Manifest, read_manifest
-from loracc.targets.tensorrt_places import Place
+from loracc.targets.tensorrt_places import Place, seen
 from loracc.verdict import EndToEnd, Latency, Numbers, Structure, Verdict, Verification, Weights
 
 __all__ = ["PlanDifference", "are_plans", "compare_plans", "verify_plans"]
@@ -193,23 +193,24 @@ def _equal_on_one_side(manifests: tuple[Manifest, Manifest]) -> Iterator[tuple[t
 def _outside(
     manifests: tuple[Manifest, Manifest], plans: list[Array], differ: Array, changed: tuple[str, ...]
 ) -> tuple[Array, list[str]]:
-    """(the bytes that differ outside the changed weights, the changed weights that lie at no one place in both)."""
+    """(the bytes that differ outside the changed weights, the changed weights that lie elsewhere in one plan)."""
     left, lost = differ.copy(), []
     for name in changed:
-        place = manifests[0].weights[name].place
-        view = place.view(left) if place is not None and place == manifests[1].weights[name].place else None
-        if place is None or view is None or not _holds(manifests, plans, name, place):
+        places = manifests[0].weights[name].places
+        views = seen(places, left) if places == manifests[1].weights[name].places else []
+        if not views or not _hold(manifests, plans, name, places):
             lost.append(name)
-        else:
+            continue
+        for view in views:
             view[...] = False
     return left, lost
 
 
-def _holds(manifests: tuple[Manifest, Manifest], plans: list[Array], name: str, place: Place) -> bool:
-    """Whether both plans have at that place what their manifests say."""
+def _hold(manifests: tuple[Manifest, Manifest], plans: list[Array], name: str, places: Sequence[Place]) -> bool:
+    """Whether both plans have at these places what their manifests say."""
     for manifest, plan in zip(manifests, plans, strict=True):
-        view = place.view(plan)
-        if view is None or hashlib.sha256(view.tobytes()).hexdigest() != manifest.weights[name].sha256:
+        data = np.concatenate(seen(places, plan), axis=1)
+        if hashlib.sha256(data.data).hexdigest() != manifest.weights[name].sha256:
             return False
     return True
 

@@ -3,7 +3,7 @@
 A plan runs code when it is loaded, so its digest is what a loader checks first: :func:`read_manifest` refuses a plan
 that has no manifest or is not the one described. That tells a foreign or damaged file apart; it is no signature.
 
-The builder stores most weights as they are. Where one lies in the plan, byte for byte, the manifest has its place,
+The builder stores most weights as they are. Where one lies in the plan, byte for byte, the manifest has its places,
 which anyone can check against its ``sha256``; comparing two plans outside their weights needs no more.
 """
 
@@ -37,7 +37,7 @@ __all__ = [
 
 #: Endings of a TensorRT plan.
 PLANS = (".engine", ".plan")
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -49,14 +49,15 @@ class WeightPlace:
         shape: Its shape.
         sha256: Of its bytes.
         nbytes: How many.
-        place: Where it lies in the plan; None where it is not stored as it is, or is too small to tell.
+        places: Where it lies in the plan: one, or one for each block of its columns, in their order; none where it is
+            not stored as it is, or is too small to tell.
     """
 
     dtype: str
     shape: Sequence[int]
     sha256: str
     nbytes: int
-    place: Place | None
+    places: Sequence[Place]
 
 
 @dataclass(frozen=True)
@@ -164,8 +165,8 @@ def replaced_weights(manifest: Manifest, plan: bytes, tensors: Mapping[str, ir.T
 
 def _places(plan: bytes, tensors: Mapping[str, ir.TensorProtocol]) -> dict[str, WeightPlace]:
     return {
-        name: WeightPlace(tensor.dtype.name, dims(tensor), digest, int(tensor.nbytes), place)
-        for name, (tensor, digest, place) in find_places(plan, tensors).items()
+        name: WeightPlace(tensor.dtype.name, dims(tensor), digest, int(tensor.nbytes), places)
+        for name, (tensor, digest, places) in find_places(plan, tensors).items()
     }
 
 
@@ -183,8 +184,8 @@ def input_graph(manifest: Manifest) -> ir.Model:
     return ir.Model(ir.Graph(inputs, [], nodes=[], opset_imports={"": 18}), ir_version=10)
 
 
-def _weight(place: dict[str, int] | None, **said: Any) -> WeightPlace:
-    return WeightPlace(place=Place(**place) if place is not None else None, **said)
+def _weight(places: Sequence[dict[str, int]], **said: Any) -> WeightPlace:
+    return WeightPlace(places=tuple(Place(**place) for place in places), **said)
 
 
 def read_manifest(engine: Path, plan: bytes) -> Manifest:

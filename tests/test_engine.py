@@ -17,6 +17,8 @@ pytestmark = pytest.mark.rtx
 
 IN, OUT, R = 64, 48, 4
 PROFILE = ["--profile", f"x:1x{IN}:4x{IN}:16x{IN}"]
+#: The same rank of both factors: 1 to 6, best 2.
+RANKS = {"fc.lora_A.weight": f"{IN}x1:{IN}x2:{IN}x6", "fc.lora_B.weight": f"1x{OUT}:2x{OUT}:6x{OUT}"}
 
 
 @pytest.fixture
@@ -110,3 +112,57 @@ def test_an_operator_that_tensorrt_does_not_know_is_named(here: Path, capsys: py
     onnx.save(model, "odd.onnx")
     assert run(["build-trt", "odd.onnx", "-o", "out.engine", "--flavor", "rtx", *PROFILE]) == 2
     assert "Wobble" in capsys.readouterr().err
+
+
+def test_a_graph_with_switchable_factors_keeps_them_as_inputs(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["attach", "base.onnx", "adapter", "--as", "inputs", "-o", "attached.onnx", "--quiet"]) == 0
+    factors = {"fc.lora_A.weight", "fc.lora_B.weight"}
+    assert factors <= {tensor.name for tensor in onnx.load("attached.onnx").graph.initializer}, "defaults, as attached"
+    assert build("attached.onnx", "-o", "out.engine", *PROFILE) == 2
+    assert "--max-rank" in capsys.readouterr().err and not Path("out.engine").exists()
+    assert build("attached.onnx", "-o", "out.engine", "--max-rank", str(R), *PROFILE) == 0
+    manifest = json.loads(Path("out.engine.json").read_text())
+    assert {said["name"] for said in manifest["inputs"]} == {"x", *factors} and not factors & set(manifest["weights"])
+    ranges = {name: found for name, found in manifest["profiles"][0].items() if name != "x"}
+    assert ranges == {
+        "fc.lora_A.weight": [[IN, 0], [IN, R], [IN, R]],
+        "fc.lora_B.weight": [[0, OUT], [R, OUT], [R, OUT]],
+    }
+    ranked = [f"--profile={name}:{shapes}" for name, shapes in RANKS.items()]
+    assert build("attached.onnx", "-o", "own.engine", *PROFILE, *ranked) == 0
+    # The builder knows them as inputs: it refuses ranges that are not of one rank.
+    assert build("attached.onnx", "-o", "odd.engine", *PROFILE, ranked[0], "--max-rank", "7") == 2
+    assert "fc.rank must be equal" in capsys.readouterr().err
+
+
+def test_max_rank_is_for_switchable_graphs(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert build("base.onnx", "-o", "out.engine", "--max-rank", "4", *PROFILE) == 2
+    assert "the graph has none" in capsys.readouterr().err
+
+
+def test_weights_that_are_inputs_too_stay_constants_of_a_plain_graph(here: Path) -> None:
+    model = onnx.load("base.onnx")
+    for name, shape in {"fc.weight": (IN, OUT), "head.weight": (OUT, OUT)}.items():
+        model.graph.input.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, shape))
+    onnx.save(model, "kept.onnx")
+    assert build("base.onnx", "-o", "base.engine", *PROFILE) == 0
+    assert build("kept.onnx", "-o", "kept.engine", *PROFILE) == 0
+    assert Path("base.engine").read_bytes() == Path("kept.engine").read_bytes()
+
+
+@pytest.mark.parametrize("size", [0, 7, 500])
+def test_a_corrupt_file_is_refused(size: int, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("corrupt.onnx").write_bytes(Path("base.onnx").read_bytes()[:size])
+    assert build("corrupt.onnx", "-o", "out.engine", *PROFILE) == 2
+    said = capsys.readouterr().err
+    assert "corrupt.onnx" in said and "Traceback" not in said and not list(here.glob("out*"))
+
+
+def test_missing_external_data_is_named(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = onnx.load("base.onnx")
+    onnx.save(model, "parts.onnx", save_as_external_data=True, location="parts.data", size_threshold=0)
+    Path("parts.data").unlink()
+    assert build("parts.onnx", "-o", "out.engine", *PROFILE) == 2
+    said = capsys.readouterr().err
+    assert "fc.weight" in said and "parts.data" in said and "missing" in said
+    assert "Traceback" not in said and not list(here.glob("out*"))

@@ -15,6 +15,7 @@ _EPILOG = """\b
 Examples:
   loracc build-trt out.onnx -o out.engine --profile input_ids:1x1:1x128:8x512 --profile attention_mask:1x1:1x128:8x512
   loracc build-trt base.onnx --adapter adapter/ -o out.engine --flavor rtx --profile x:1x8:4x8:16x8
+  loracc build-trt attached.onnx -o out.engine --max-rank 16 --profile x:1x8:4x8:16x8  switchable: factors are inputs
   loracc build-trt base.onnx --adapter adapter/ -o out.engine --like base.engine       comparable byte for byte
 
 \b
@@ -28,6 +29,12 @@ Examples:
 @click.option("--flavor", type=click.Choice(["tensorrt", "rtx"]), help="Which TensorRT (default: the installed one).")
 @click.option(
     "--profile", "profiles", multiple=True, metavar="NAME:MIN:OPT:MAX", help="Shapes of a dynamic input. Repeatable."
+)
+@click.option(
+    "--max-rank",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Largest rank of an adapter for a graph of attach --as inputs: its factors become inputs of rank 0 to N.",
 )
 @click.option("--workspace", type=click.IntRange(1), metavar="BYTES", help="Scratch memory that tactics may use.")
 @click.option("--tf32/--no-tf32", default=False, show_default=True, help="Allow TF32 in float32 products.")
