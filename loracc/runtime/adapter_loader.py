@@ -20,9 +20,11 @@ import os
 from pathlib import Path
 from typing import Any
 
+import onnx_ir as ir
+
 from loracc.errors import InputError, require
 from loracc.formats.runtime_adapter import RuntimeAdapter, model_version, read_runtime_adapter
-from loracc.manifest import Manifest
+from loracc.manifest import Branch, Manifest
 
 __all__ = ["load_adapter", "run_options"]
 
@@ -88,6 +90,24 @@ def _check(path: Path, found: RuntimeAdapter, manifest: Manifest, session: Any) 
         fits = wanted is not None and len(wanted) == array.ndim
         if not fits or any(isinstance(n, int) and n != m for n, m in zip(wanted or (), array.shape, strict=True)):
             raise InputError(f"{path}: its parameter {name} {list(array.shape)} does not fit the model's {wanted}.")
+    for branch in manifest.branches:
+        _check_branch(path, found, branch, manifest.dtype)
+
+
+def _check_branch(path: Path, found: RuntimeAdapter, branch: Branch, dtype: str) -> None:
+    """A and the B's of a branch come together, of one rank and in the graph's type; or none of them does."""
+    names = [branch.name, *(weight.name for weight in branch.weights)]
+    there = {name: found.parameters[name] for name in names if name in found.parameters}
+    if not there:
+        return
+    ranks = {array.shape[1 if name == branch.name else 0] for name, array in there.items()}
+    types = {array.dtype for array in there.values()}
+    if len(there) < len(names) or len(ranks) > 1 or types != {ir.DataType[dtype].numpy()}:
+        shown = ", ".join(f"{name} {array.dtype} {list(array.shape)}" for name, array in there.items())
+        raise InputError(
+            f"{path}: {' and '.join(names)} belong together, of one rank and as {dtype}; it has {shown}.",
+            hint="Write it again: loracc attach OUT.onnx ADAPTER -o NAME.onnx_adapter",
+        )
 
 
 @functools.cache

@@ -80,6 +80,8 @@ def attach(
     if adds_to(mode, model, output):
         if original is not None:
             raise InputError(f"--base: {model} records what its weights are called.", hint="Leave it out.")
+        if dtype is not None or external != "auto":
+            raise InputError(f"--dtype, --data-layout: {model} is there already, and keeps its weights as they are.")
         asked = {"maps": maps, "allow_unmatched": allow_unmatched, "verify": verify, "force": force, **options}
         check_reports(reports, [Path(output)])
         result = add_variants(output, adapters, dry_run=dry_run, **asked)

@@ -98,6 +98,7 @@ def add_variants(
     graph = Path(os.path.abspath(deployment))
     path, home = manifest_path(graph), variants_folder(graph)
     before = read_manifest(path)
+    contained(path, home.name)  # what is written next must not leave the folder either
     for file in (before.graph, *before.weights):
         file.check(contained(path, file.path))
     base, bound = _bound(graph, adapters, maps, allow_unmatched, options)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+import loracc
 from loracc.errors import BindingError, CheckFailed, InputError, LoraccError
 from loracc.runtime import Deployment
 from loracc.switching.variants import add_variants
@@ -251,6 +252,11 @@ WRONG_CALLS: dict[str, tuple[Callable[[Path], object], type[LoraccError], str]] 
         lambda f: attach_variants(base(f), [adapter(f / "x")], f / "new.onnx", dtype="fp16"),
         InputError,
         "would be rounded twice",
+    ),
+    "added in another dtype": (
+        lambda f: loracc.attach(deployment(f), [adapter(f / "x")], f / "out.onnx", mode="variants", dtype="fp16"),
+        InputError,
+        "keeps its weights as they are",
     ),
     "there already": (
         lambda f: attach_variants(base(f), [adapter(f / "x")], deployment(f)),

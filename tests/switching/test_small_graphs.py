@@ -15,7 +15,9 @@ from safetensors.numpy import save_file
 
 import loracc
 from loracc.errors import InputError, LoraccError, UnsupportedError
-from loracc.manifest import MANIFEST_KEY
+from loracc.formats.runtime_adapter import write_runtime_adapter
+from loracc.manifest import MANIFEST_KEY, Manifest
+from loracc.runtime import load_adapter
 from loracc.switching.slots import fill_slot
 from tests.graphs import Builder
 from tests.switching.peft_adapters import Array, session
@@ -166,6 +168,29 @@ def test_calls_that_are_refused(told: dict[str, Any], message: str, tmp_path: Pa
     with pytest.raises(LoraccError, match=message):
         loracc.attach(base, [file], tmp_path / "out.onnx", alpha=R, **told)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.safetensors", "base.onnx"]
+
+
+_HALVES: dict[str, dict[str, Array]] = {
+    "A alone": {"lin.lora_A.weight": np.ones((IN, 2), np.float32)},
+    "two ranks": {
+        "lin.lora_A.weight": np.ones((IN, 2), np.float32),
+        "lin.lora_B.weight": np.ones((3, OUT), np.float32),
+    },
+    "float16": {"lin.lora_A.weight": np.ones((IN, 2), np.float16), "lin.lora_B.weight": np.ones((2, OUT), np.float16)},
+    "narrow": {"lin.lora_A.weight": np.ones((5, 2), np.float32), "lin.lora_B.weight": np.ones((2, OUT), np.float32)},
+}
+
+
+@pytest.mark.parametrize("case", list(_HALVES))
+def test_forged_adapters(case: str, tmp_path: Path) -> None:
+    """Right version numbers, wrong parameters: refused when loaded, and not by a run."""
+    base, (file, _) = saved(tmp_path / "base.onnx", product), adapter(tmp_path / "a.safetensors")
+    loracc.attach(base, [file], tmp_path / "out.onnx", alpha=R, verify=False)
+    running = session(tmp_path / "out.onnx")
+    manifest = Manifest.from_metadata(running.get_modelmeta().custom_metadata_map, "out")
+    write_runtime_adapter(tmp_path / "forged.onnx_adapter", _HALVES[case], manifest)
+    with pytest.raises(InputError, match=r"forged\.onnx_adapter: .*(belong together|does not fit)"):
+        load_adapter(running, tmp_path / "forged.onnx_adapter")
 
 
 @pytest.mark.parametrize("told", [{"mode": "batched"}, {"original": "elsewhere"}, {"dtype": "fp16"}])
