@@ -117,8 +117,11 @@ def add_variants(
     )
     if dry_run:
         return replace(result, dry_run=True)
-    home.mkdir(exist_ok=True)
-    staged = Path(tempfile.mkdtemp(prefix=".new.", dir=home))
+    try:
+        home.mkdir(exist_ok=True)
+        staged = Path(tempfile.mkdtemp(prefix=".new.", dir=home))
+    except OSError as error:
+        raise _unwritable(home, error) from error
     try:
         variants = files.write(staged)
         verification = files.prove(graph, staged) if verify else None
@@ -127,9 +130,15 @@ def add_variants(
         for name in files.paths.values():
             os.replace(staged / Path(name).name, path.parent / name)
         os.replace(staged / path.name, path)
+    except OSError as error:
+        raise _unwritable(home, error) from error
     finally:
         shutil.rmtree(staged, ignore_errors=True)  # a leftover must not hide the error that led here
     return replace(result, verification=verification, bytes=sum(one.file.nbytes for one in variants.values()))
+
+
+def _unwritable(home: Path, error: OSError) -> InputError:
+    return InputError(f"{error.filename or home}: cannot be read or written: {error.strerror or error}.")
 
 
 def _bound(

@@ -16,6 +16,7 @@ from safetensors.numpy import save_file
 import loracc
 from loracc.errors import BindingError, CheckFailed, InputError, LoraccError
 from loracc.runtime import Deployment
+from loracc.runtime.manifest import manifest_path, variants_folder
 from loracc.switching.variants import add_variants
 from tests.formats.peft_files import write_adapter
 from tests.runtime.deployments import adapter, attach_variants, base, deployment, feed
@@ -278,6 +279,17 @@ def test_what_cannot_be_attached_leaves_nothing_behind(case: str, tmp_path: Path
         call(tmp_path)
     left = [file.name for file in tmp_path.rglob("*") if file.name.startswith((".", "new"))]
     assert not left
+
+
+def test_a_folder_that_cannot_be_written_leaves_the_deployment_as_it_was(tmp_path: Path) -> None:
+    graph = deployment(tmp_path)
+    before = manifest_path(graph).read_bytes()
+    added = adapter(tmp_path / "x")
+    variants_folder(graph).rename(tmp_path / "aside")
+    variants_folder(graph).write_text("a file in its place")
+    with pytest.raises(InputError, match=r"out\.onnx\.variants: cannot be read or written"):
+        add_variants(graph, [added])
+    assert manifest_path(graph).read_bytes() == before
 
 
 def test_a_variant_that_does_not_fit_leaves_the_deployment_as_it_was(tmp_path: Path) -> None:
