@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from loracc.extract import extract_adapter as extract_adapter
     from loracc.formats import load_adapter as load_adapter
     from loracc.pipeline import fold as fold
-    from loracc.pipeline import verify as verify
+    from loracc.proving import verify as verify
     from loracc.sources import load_model as load_model
     from loracc.switching.attaching import attach as attach
     from loracc.unfolding import unfold as unfold
@@ -42,7 +42,7 @@ _HOME = {
     "load_adapter": "loracc.formats",
     "load_model": "loracc.sources",
     "unfold": "loracc.unfolding",
-    "verify": "loracc.pipeline",
+    "verify": "loracc.proving",
 }
 
 defer_sympy()

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["found_inputs", "recorded_rounding", "said"]
 
 #: Options of the model's reader that decide what comes out. A file of sample inputs does not; and a path is no record.
-_READING = ("opset", "task", "factory", "dynamic", "inputs")
+_READING = ("opset", "task", "part", "factory", "dynamic", "inputs")
 #: What a folder is looked at as a whole for, and endings of files that are looked at one by one.
 _FOLDER_SIGNS = ("config.json", "adapter_config.json")
 _ENDINGS = (".onnx", ".pt2", ".pt", ".pth", ".bin", ".safetensors", ".gguf", ".onnx_adapter")

@@ -83,7 +83,7 @@ Exit code 0 when every check passed, 1 when one said no, 2 when the call or a fi
 @output_options
 def verify(models: tuple[str, ...], adapters: tuple[str, ...], as_json: bool, quiet: bool, **values: Any) -> int:
     """Prove that OUT is BASE with the adapters folded in: numbers, structure and, when asked, latency."""
-    from loracc import pipeline, report
+    from loracc import proving, report
     from loracc.progress import progress_for
 
     if len(models) > 2:
@@ -91,7 +91,7 @@ def verify(models: tuple[str, ...], adapters: tuple[str, ...], as_json: bool, qu
     base, output = models if len(models) == 2 else (None, models[0])
     out = console(as_json=as_json, quiet=quiet)
     with progress_for(quiet=quiet) as progress:
-        result = pipeline.verify(base, output, adapters, progress=progress, **values)
+        result = proving.verify(base, output, adapters, progress=progress, **values)
     report.print_verification(result, out)
     announce("verify", result.to_json(), output, as_json=as_json)
     if as_json:

@@ -68,7 +68,7 @@ def attach(
     from loracc.binding import bind_each_by_content, read_adapters
     from loracc.formats import parse_adapter_spec
     from loracc.job import Job
-    from loracc.pipeline import load_traced, split_options
+    from loracc.loading import load_traced, split_options
     from loracc.reports.report_files import check_reports
     from loracc.switching.one_more import OneMore, write_one_more
     from loracc.switching.request import AttachRequest, Bound
@@ -137,7 +137,7 @@ def attach(
 def _report(
     reports: Sequence[Path_], result: dict[str, Any], request: AttachRequest | None = None, *, written: bool = False
 ) -> None:
-    from loracc.pipeline import load_traced
+    from loracc.loading import load_traced
     from loracc.reports.report_body import gathered, report_body
     from loracc.reports.report_files import write_reports
 

@@ -146,7 +146,7 @@ def _bound(
 ) -> tuple[BaseModel, tuple[Bound, ...]]:
     from loracc.binding import bind_each, read_adapters
     from loracc.formats import parse_adapter_spec
-    from loracc.pipeline import load_traced, split_options
+    from loracc.loading import load_traced, split_options
 
     load, told = split_options(options)
     specs = [parse_adapter_spec(str(adapter)) for adapter in adapters]

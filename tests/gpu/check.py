@@ -25,7 +25,8 @@ from loracc.bench_grid import BenchOptions, bench_models
 from loracc.devices import gpu_name
 from loracc.engine import build_trt
 from loracc.errors import LoraccError
-from loracc.pipeline import fold, verify
+from loracc.pipeline import fold
+from loracc.proving import verify
 from loracc.runners import open_runner
 from loracc.verify_plans import compare_plans
 from tests.gpu.models import ALPHA, PAPER, RANK, TINY, VARIANTS, Setting, Size, gpt2, lora_factors
