@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +44,7 @@ class PlanDifference:
         inside: Bytes that differ inside weights.
         bytes: Sizes of the two plans.
         notes: What the reader must know.
+        again: Another build may be equal: all that differs lies outside weights whose places are known.
     """
 
     verdict: Verdict
@@ -53,6 +54,7 @@ class PlanDifference:
     inside: int = 0
     bytes: tuple[int, int] = (0, 0)
     notes: tuple[str, ...] = ()
+    again: bool = False
 
 
 def are_plans(base: str | Path, out: str | Path, adapters: Sequence[object] = ()) -> bool:
@@ -139,7 +141,14 @@ def compare_plans(base: Path, out: Path) -> PlanDifference:
     if lost:
         reason = f"{what}, and {len(lost)} changed weights could not be located in the plans, which may be why"
         return _with(found, "inconclusive", reason, notes)
-    return _with(found, "fail", f"{what}, the first at {int(np.argmax(left)):,}", (_NUMBERING,))
+    if known := next((one.repeats for one in manifests if one.repeats.get("differ")), None):
+        reason = (
+            f"{what}, but {known['builds']} builds of one of these very models differ in {known['differ']:,} from one "
+            "another, so this comparison cannot tell"
+        )
+        return replace(_with(found, "inconclusive", reason, (_NUMBERING,)), again=True)
+    reason = f"{what}, the first at {int(np.argmax(left)):,}"
+    return replace(_with(found, "fail", reason, (_NUMBERING,)), again=True)
 
 
 def _with(found: PlanDifference, verdict: Verdict, reason: str, notes: tuple[str, ...]) -> PlanDifference:

@@ -75,6 +75,7 @@ class Manifest:
         inputs: name, dtype and shape of what is fed; a dynamic axis is its symbol.
         profiles: Input name -> (min, opt, max), one mapping a profile.
         options: What the builder was told.
+        repeats: Of repeated builds of this model: "builds", and in how many bytes they "differ"; empty if not known.
         weights: By initializer.
         loracc: Version of loracc.
     """
@@ -91,6 +92,7 @@ class Manifest:
     inputs: Sequence[Mapping[str, Any]]
     profiles: Sequence[Mapping[str, Any]]
     options: Mapping[str, Any]
+    repeats: Mapping[str, int] = field(default_factory=dict)
     weights: Mapping[str, WeightPlace] = field(default_factory=dict)
     loracc: str = ""
 

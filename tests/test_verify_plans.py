@@ -103,6 +103,19 @@ def test_a_byte_outside_the_weights_is_found(here: Path, capsys: pytest.CaptureF
     code, structure = verdict(capsys, "base.engine", "out.engine")
     assert (code, structure["verdict"]) == (1, "fail")
     assert structure["reason"].startswith("1 bytes differ outside the weights") and "at 100" in structure["reason"]
+    # Where the base's own builds are known to differ, that byte says nothing, and is not a pass either.
+    base = json.loads(Path("base.engine.json").read_text())
+    Path("base.engine.json").write_text(json.dumps(base | {"repeats": {"builds": 2, "differ": 14}}))
+    code, structure = verdict(capsys, "base.engine", "out.engine")
+    assert (code, structure["verdict"]) == (1, "inconclusive") and "2 builds" in structure["reason"]
+
+
+def test_repeated_builds_are_compared(here: Path) -> None:
+    write_model("base.onnx", np.float32)
+    build("base.onnx", "-o", "base.engine", "--repeats", "2", *PROFILE)
+    assert json.loads(Path("base.engine.json").read_text())["repeats"] == {"builds": 2, "differ": 0}
+    build("base.onnx", "-o", "once.engine", *PROFILE)
+    assert json.loads(Path("once.engine.json").read_text())["repeats"] == {}
 
 
 def test_a_lying_offset_is_found(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -51,6 +51,13 @@ Examples:
 @click.option(
     "--like", metavar="ENGINE", type=click.Path(), help="Build again until all but the weights is as in this engine."
 )
+@click.option(
+    "--repeats",
+    type=click.IntRange(1),
+    default=1,
+    metavar="N",
+    help="Build N times first and record whether the builds are equal; verify takes it into account.",
+)
 @click.option("--version-compatible", is_flag=True, help="The engine runs with later minor versions.")
 @click.option("--force", is_flag=True, help="Replace OUT if it exists.")
 @adapter_options

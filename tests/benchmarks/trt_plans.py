@@ -115,8 +115,7 @@ def row(label: str, base: Path, adapter: Path, folded: Path, ranges: Sequence[st
         "file": (folded, []),
     }.items():
         start = time.perf_counter()
-        # GPT-2's fused attention weights are split by the builder, and not located yet.
-        like = None if name == "base" or label.startswith("gpt2") else plans["base"]
+        like = None if name == "base" else plans["base"]
         built = build_trt(model, adapters, plans[name], flavor="rtx", profiles=ranges, like=like)
         took.append((time.perf_counter() - start) / built.builds)
         builds.append(built.builds)
