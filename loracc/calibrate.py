@@ -33,10 +33,11 @@ from loracc.algebra_feedback import Nearest, round_with_feedback
 from loracc.blas import one_blas_thread
 from loracc.calibrated import CalibratedTensor, Gain
 from loracc.calibration_data import Batch
+from loracc.calibration_stages import check_room, stages
 from loracc.dtypes import Array, round_to
 from loracc.errors import InputError
 from loracc.folded import FoldedTensor
-from loracc.passes.site_inputs import SiteInput, site_inputs
+from loracc.passes.site_inputs import site_inputs
 from loracc.progress import NoProgress, Progress
 from loracc.requantized import RequantizedTensor
 from loracc.runners import OnnxRunner
@@ -46,15 +47,10 @@ from loracc.streaming import default_workers
 from loracc.tensors import dims, read_rows
 from loracc.verify_calibrated import STEPS, Noise, furthest
 from loracc.verify_graphs import in_reference
-from loracc.verify_memory import weights_in
 from loracc.verify_metrics import relative_l2
 
 __all__ = ["CalibrateOptions", "Calibration", "calibrate", "check_folds"]
 
-#: Bytes of weights that are run in one stage after the other; a model twice as large has half as many stages.
-_STAGE_BYTES = 3 << 30
-#: Each stage runs the model twice.
-_STAGES = 6
 #: The promises are held with room to spare: the verifier's sums differ in their last bits.
 _MARGIN = 0.9
 
@@ -132,7 +128,8 @@ def calibrate(
     done: dict[str, CalibratedTensor] = {}
     progress.begin("calibrating", sum(math.prod(dims(folds[name])) for name in inputs))
     try:
-        for stage in _stages(graph, inputs, options):
+        for stage in stages(graph, inputs, options.stages):
+            check_room(graph, folder, stage)
             with TemporaryDirectory(dir=folder) as scratch:
                 current = _with_values(graph, done) if done else None
                 sums = collect_moments(graph, current, list(dict.fromkeys(stage.values())), batches, Path(scratch))
@@ -173,18 +170,6 @@ def _folds(graph: ir.Model) -> Iterator[tuple[str, FoldedTensor]]:
 def _can_choose(tensor: FoldedTensor) -> bool:
     """A matrix that is rounded to 16 bits; in float32 there is nothing to win."""
     return len(dims(tensor)) == 2 and tensor.dtype.bitwidth <= 16
-
-
-def _stages(
-    graph: ir.Model, inputs: Mapping[str, SiteInput], options: CalibrateOptions
-) -> Iterator[dict[str, SiteInput]]:
-    """The initializers in the graph's order; those that share an input share a stage."""
-    distinct = list(dict.fromkeys(inputs.values()))
-    affordable = min(_STAGES, int(_STAGE_BYTES // max(weights_in(graph, ir.DataType.FLOAT), 1)))
-    count = min(len(distinct), max(options.stages if options.stages is not None else affordable, 1))
-    for part in np.array_split(np.arange(len(distinct)), count):
-        chosen = {distinct[i] for i in part}
-        yield {name: seen for name, seen in inputs.items() if seen in chosen}
 
 
 def _with_values(graph: ir.Model, done: Mapping[str, CalibratedTensor]) -> ir.Model:

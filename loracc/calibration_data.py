@@ -61,6 +61,11 @@ def calibration_batches(model: BaseModel, path: Path | None, tokenizer: Path | N
         found = _from_arrays(model, path)
     else:
         found = _from_text(model, path, tokenizer)
+    if len(found) < _FEWEST:
+        raise InputError(
+            f"{path}: {len(found)} batches of samples, and one of every {_FEWEST} is held out.",
+            hint="Give more samples: a few hundred are good.",
+        )
     return [Batch(inputs, index % _FEWEST == _FEWEST - 1) for index, inputs in enumerate(found)]
 
 

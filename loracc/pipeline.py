@@ -97,6 +97,8 @@ def fold(
     specs = [parse_adapter_spec(str(adapter)) for adapter in adapters]
     inputs = [Path(model), *(Path(one.path) for one in specs)]
     job.check(inputs, force=force or dry_run)
+    if spec is not None:
+        spec.check_target(job.target.name)
     data = [spec.path] if spec and spec.path else []
     check_reports(reports, [*inputs, *data, job.output])
     check_saving(save_adapter, specs, [*inputs, job.output], force=force or dry_run)

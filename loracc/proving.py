@@ -61,7 +61,7 @@ def verify(
         search: Folders in which to find them.
         original: As given to :func:`fold`.
         combine, density, rank: As given to :func:`fold`.
-        rounding: "calibrated" for what was made so and carries no record of it (``.pt2``, ``.safetensors``).
+        rounding: "calibrated" for what was made so and carries no record of it (a ``.safetensors`` file).
         reference: "fp32": the unfused model in higher precision than the output; "as-trained": in the base's own type.
         labels: ``.npz`` with the right classes ("labels") of the inputs given: accuracy of base, unfused and folded.
         text: Text, a sample a line: perplexity of the three, with the model's own tokenizer or that in ``tokenizer``.

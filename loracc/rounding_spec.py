@@ -50,6 +50,17 @@ class RoundingSpec:
             )
         return cls(Path(path) if path is not None else None, Path(tokenizer) if tokenizer is not None else None)
 
+    def check_target(self, target: str) -> None:
+        """Refuse a target that rounds by itself.
+
+        Raises:
+            InputError: ``target`` is "exported_program".
+        """
+        if target == "exported_program":
+            raise InputError(
+                "calibrated rounding cannot be written as .pt2.", hint="Write an .onnx or a merged checkpoint."
+            )
+
     def said(self) -> dict[str, str]:
         """What an output's record says of it; a verification reads there that no element need be the nearest one.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -12,7 +13,7 @@ from safetensors.numpy import save_file
 
 from loracc.dtypes import Array
 
-__all__ = ["SIZES", "inputs", "write_adapter", "write_data", "write_model"]
+__all__ = ["SIZES", "inputs", "write_adapter", "write_data", "write_model", "write_tokenizer"]
 
 #: Features: in, hidden, out. (x·A is wide enough that the delta's strength is measured to a third of a percent.)
 SIZES = (48, 64, 40)
@@ -66,3 +67,15 @@ def write_data(path: Path, *, samples: int = 160, seed: int = 2) -> Path:
     """An ``.npz`` of rows."""
     np.savez(path, x=inputs(samples, seed=seed))
     return path
+
+
+def write_tokenizer(folder: Path, *, words: int) -> None:
+    """Of the words w0, w1, ..., beside a model."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {"[UNK]": 0, "[PAD]": 1, **{f"w{number}": number + 2 for number in range(words)}}
+    tokens = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokens.pre_tokenizer = pre_tokenizers.Whitespace()
+    made: Any = PreTrainedTokenizerFast
+    made(tokenizer_object=tokens, unk_token="[UNK]", pad_token="[PAD]").save_pretrained(folder)

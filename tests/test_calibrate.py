@@ -154,6 +154,8 @@ def test_what_does_not_help_is_given_up(base: Path, adapter: Path, tmp_path: Pat
         (lambda p: np.savez(p, y=np.zeros((8, 48))), {"dtype": "bf16"}, "no array for the model's inputs x"),
         (lambda p: np.savez(p, x=np.zeros((8, 3), np.float32)), {"dtype": "bf16"}, "do not fit the model"),
         (lambda p: np.savez(p, x=np.zeros((8, 48), np.float32)), {}, "FLOAT"),
+        (lambda p: np.savez(p, x=np.zeros((3, 48), np.float32)), {"dtype": "bf16"}, "3 batches"),
+        (lambda p: np.savez(p, x=np.full((8, 48), np.nan, np.float32)), {"dtype": "bf16"}, "inf or NaN"),
         (lambda p: p.write_text("a line\n"), {"dtype": "bf16"}, "no tokenizer"),
         (lambda p: p.write_text("a line\n"), {"dtype": "bf16", "rounding": "nearest"}, "mean nothing"),
     ],
@@ -167,3 +169,74 @@ def test_errors(
     with pytest.raises(InputError, match=says):
         loracc.fold(base, [adapter], tmp_path / "out.onnx", calibrate=file, **options)
     assert not (tmp_path / "out.onnx").exists()
+
+
+def test_a_program_is_refused(base: Path, adapter: Path, data: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"cannot be written as \.pt2"):
+        loracc.fold(base, [adapter], tmp_path / "out.pt2", dtype="bf16", calibrate=data)
+
+
+def test_no_room_is_said_before_anything_runs(
+    base: Path, adapter: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("loracc.calibration_stages.available_memory", lambda: 1000)
+    with pytest.raises(InputError, match="GB of memory are free"):
+        loracc.fold(base, [adapter], tmp_path / "out.onnx", dtype="bf16", calibrate=data)
+
+
+def test_nothing_to_choose(tmp_path: Path) -> None:
+    """An embedding alone: looked up, never multiplied."""
+    from onnx import TensorProto, helper
+    from safetensors.numpy import save_file
+
+    rng = np.random.default_rng(0)
+    graph = helper.make_graph(
+        [helper.make_node("Gather", ["emb.weight", "ids"], ["y"], "/emb/Gather")],
+        "lookup",
+        [helper.make_tensor_value_info("ids", TensorProto.INT64, ["batch"])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", 8])],
+        [numpy_helper.from_array(rng.standard_normal((20, 8)).astype(np.float32), "emb.weight")],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), tmp_path / "e.onnx")
+    folder = tmp_path / "lora"
+    folder.mkdir()
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["emb"]}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    a, b = rng.standard_normal((2, 20)).astype(np.float32), rng.standard_normal((8, 2)).astype(np.float32)
+    names = (f"base_model.model.emb.lora_embedding_{x}" for x in "AB")
+    save_file(dict(zip(names, (a, b), strict=True)), folder / "adapter_model.safetensors")
+    with pytest.raises(InputError, match="no weight with a delta is read by a product"):
+        loracc.fold(tmp_path / "e.onnx", [folder], tmp_path / "o.onnx", dtype="bf16", rounding="calibrated")
+
+
+def test_a_quantized_base_is_refused(adapter: Path, base: Path, data: Path, tmp_path: Path) -> None:
+    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+
+    quantizer = MatMulNBitsQuantizer(onnx.load(base), bits=8, block_size=16)
+    quantizer.process()
+    onnx.save(quantizer.model.model, tmp_path / "q.onnx")
+    with pytest.raises(InputError, match="is quantized"):
+        loracc.fold(tmp_path / "q.onnx", [adapter], tmp_path / "o.onnx", calibrate=data)
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # PEFT asks for it
+def test_a_checkpoint_from_text(tmp_path: Path) -> None:
+    """A folder's graph is traced for the sums, and its own tokenizer reads the text."""
+    from tests.calibrating import write_tokenizer
+    from tests.models import adapted, build, save_base
+
+    model = build("bert", dtype="bfloat16")
+    folder = save_base(model, tmp_path / "base")
+    write_tokenizer(folder, words=90)
+    adapted(model.float(), target_modules=["query", "dense"]).save_pretrained(tmp_path / "lora")
+    rng = np.random.default_rng(0)
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(" ".join(f"w{i}" for i in rng.integers(0, 90, 12)) for _ in range(32)))
+    out = tmp_path / "merged"
+    result = loracc.fold(folder, [tmp_path / "lora"], out, calibrate=text)
+    assert result.calibration and result.calibration["calibrated"] < result.calibration["nearest"]
+    assert loracc.verify(folder, out, [tmp_path / "lora"]).verdict == "pass"
+    single = tmp_path / "single.safetensors"
+    loracc.fold(folder, [tmp_path / "lora"], single, calibrate=text)
+    assert loracc.verify(folder, single, [tmp_path / "lora"]).verdict == "fail"  # it cannot say how it was rounded
+    assert loracc.verify(folder, single, [tmp_path / "lora"], rounding="calibrated").verdict == "pass"

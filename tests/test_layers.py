@@ -25,7 +25,7 @@ LAYERS = (
     ("runners.*", "device_clock", "timing.*", "verdict.*", "coverage", "provenance", "decoder_inputs", "sample_inputs"),
     ("task_data",),
     ("verification", "verify.*", "bench_grid"),
-    ("second_moments", "calibration_data", "rounding_spec", "calibrate", "calibrated_fold"),
+    ("second_moments", "calibration_data", "calibration_stages", "rounding_spec", "calibrate", "calibrated_fold"),
     ("report.*", "reports.*", "bench_files", "inspection", "counting"),
     ("lower", "job", "estimate", "packed_factors", "manifest_check"),
     ("content",),

@@ -52,7 +52,7 @@ Exit code 0 when every check passed, 1 when one said no, 2 when the call or a fi
 @model_options
 @click.option(
     "--round", "rounding", type=click.Choice(ROUNDINGS),
-    help="calibrated: OUT was rounded so, and cannot say it itself (.pt2, .safetensors; other files do).",
+    help="calibrated: OUT was rounded so, and cannot say it itself (a .safetensors file; others do).",
 )  # fmt: skip
 @click.option(
     "--reference", type=click.Choice(["fp32", "as-trained"]), default="fp32", show_default=True,
