@@ -166,15 +166,3 @@ def test_missing_external_data_is_named(here: Path, capsys: pytest.CaptureFixtur
     said = capsys.readouterr().err
     assert "fc.weight" in said and "parts.data" in said and "missing" in said
     assert "Traceback" not in said and not list(here.glob("out*"))
-
-
-def test_folding_into_a_switchable_graph_changes_the_folded_weight_only(here: Path) -> None:
-    ranked = [*PROFILE, "--max-rank", str(R)]
-    assert run(["attach", "base.onnx", "adapter", "--as", "inputs", "-o", "attached.onnx", "--quiet"]) == 0
-    assert run(["attach", "folded.onnx", "adapter", "--as", "inputs", "-o", "both.onnx", "--quiet", "--force"]) == 0
-    assert build("attached.onnx", "-o", "attached.engine", *ranked) == 0
-    like = [*ranked, "--like", "attached.engine"]  # the builder numbers the factors anew in each build
-    assert build("attached.onnx", "--adapter", "adapter", "-o", "memory.engine", *like) == 0
-    assert build("both.onnx", "-o", "both.engine", *like) == 0
-    assert Path("memory.engine").read_bytes() == Path("both.engine").read_bytes()
-    assert run(["verify", "attached.engine", "memory.engine", "--quiet"]) == 0
