@@ -30,14 +30,12 @@ __all__ = ["Moments", "collect_moments"]
 
 @dataclass(frozen=True)
 class Moments:
-    """The three sums, each ``[in, in]`` in float64."""
+    """The three sums, each ``[in, in]`` in float64, and how many rows they are over."""
 
     own: Array
     cross: Array
     drift: Array
-
-    def __add__(self, other: Moments) -> Moments:
-        return Moments(self.own + other.own, self.cross + other.cross, self.drift + other.drift)
+    rows: int
 
     def output_error(self, rounded: Array, exact: Array) -> float:
         """Σ‖Q·x̃ − W·x‖² of ``rounded`` Q and ``exact`` W, both ``[out, in]``."""
@@ -77,7 +75,8 @@ class _Sums:
     def read(self) -> tuple[Moments, Moments]:
         """(to fit, held out)."""
         total = np.asarray(self._open("r"))
-        return Moments(*total[0]), Moments(*total[1])
+        fit, held_out = (Moments(part[0], part[1], part[2], rows) for part, rows in zip(total, self.rows, strict=True))
+        return fit, held_out
 
     def _open(self, mode: str) -> np.memmap[tuple[int, ...], np.dtype[np.float64]]:
         return np.memmap(self._path, np.float64, mode, shape=(2, 3, self._size, self._size))  # type: ignore[call-overload]
