@@ -63,7 +63,7 @@ def print_fold(result: FoldResult, console: Console) -> None:
     if len(result.sites) > _SHOWN:
         table.add_row(f"... and {len(result.sites) - _SHOWN} more (--json lists all)")
     console.print(table)
-    if result.calibration is not None and result.calibration["calibrated"] is not None:
+    if result.calibration is not None and result.calibration["weights"]:  # else a note says why
         console.print(Text(_calibrated(result.calibration)))
     for note in result.notes:
         console.print(Text(f"note: {note}"))
