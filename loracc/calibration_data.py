@@ -14,10 +14,11 @@ import numpy as np
 import onnx_ir as ir
 
 from loracc.dtypes import Array
-from loracc.errors import InputError, require
+from loracc.errors import InputError
 from loracc.model import BaseModel
 from loracc.sample_inputs import check_inputs, fed, random_inputs, vocabulary_limits
 from loracc.sources.user_inputs import read_npz
+from loracc.tokenizing import read_lines, tokenizer_for
 
 __all__ = ["Batch", "calibration_batches"]
 
@@ -130,8 +131,7 @@ def _cut(arrays: Mapping[str, Array], lo: int, hi: int) -> dict[str, Array]:
 
 def _from_text(model: BaseModel, path: Path, tokenizer: Path | None) -> list[Mapping[str, Array]]:
     lines = _lines(path)
-    folder = tokenizer or (model.path if model.path.is_dir() else model.path.parent)
-    tokens = _tokenizer(folder)
+    tokens = tokenizer_for(model, tokenizer)
     wanted = fed(model.ir)
     length = _fixed_length(wanted)
     size = _fixed_batch(wanted) or min(_BATCH, max(1, len(lines) // _FEWEST))
@@ -139,35 +139,8 @@ def _from_text(model: BaseModel, path: Path, tokenizer: Path | None) -> list[Map
 
 
 def _lines(path: Path) -> list[str]:
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"{path}: neither an .npz file nor UTF-8 text ({error.reason} at byte {error.start}).",
-            hint="--calibrate takes an .npz of model inputs, or a text file with a sample a line.",
-        ) from error
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror or error}.") from error
-    lines = [line for line in lines if line]
-    if len(lines) > _MOST:
-        lines = [lines[int(index)] for index in _spread(len(lines))]
-    if not lines:
-        raise InputError(f"{path}: no text in it.")
-    return lines
-
-
-def _tokenizer(folder: Path) -> Any:
-    transformers: Any = require("transformers", "tokenize text")
-    try:
-        found = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(
-            f"{folder}: no tokenizer can be loaded from it: {str(error).strip().splitlines()[0]}",
-            hint="Name its folder with --tokenizer DIR, or give --calibrate an .npz of model inputs.",
-        ) from error
-    if found.pad_token is None:
-        found.pad_token = found.eos_token or found.unk_token
-    return found
+    lines = read_lines(path)
+    return [lines[int(index)] for index in _spread(len(lines))] if len(lines) > _MOST else lines
 
 
 def _fixed_length(values: Sequence[ir.Value]) -> int | None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from loracc.adapter import Adapter
+from loracc.adapter import Adapter, Entry
 from loracc.folded import Binding
 from loracc.verdict import Verdict
 
@@ -59,17 +59,23 @@ def coverage_of(
                 continue
             keys = {(adapter.name, key) for key in entry.keys}
             tensors |= keys
-            names = {(adapter.name, one.name) for one in (entry, *entry.alternatives)}
+            names = {(adapter.name, name) for name in _names(entry)}
             if names & bound or any(_is(binding, adapter, entry.delta) for binding in bindings):
                 consumed |= keys
             elif not entry.optional and not set(entry.keys) & set(unmatched):
                 lost.append(entry.name)
+    # One weight may have several entries: a LoRA and the base's own copy that PEFT saves beside an embedding's.
+    named = Counter((adapter.name, name) for adapter in adapters for entry in adapter.entries for name in _names(entry))
     places = Counter((binding.adapter, binding.key, binding.site) for binding in bindings)
-    twice = [key for (_, key, _), count in places.items() if count > 1]
+    twice = [key for (adapter_name, key, _), count in places.items() if count > max(named[adapter_name, key], 1)]
     problems = [f"{lost[0]} is bound to no weight"] if lost else []
     problems += [f"{twice[0]} is bound twice to one weight"] if twice else []
     verdict: Verdict = "fail" if problems else "pass"
     return Coverage(verdict, "; ".join(problems), len(tensors), len(consumed), tuple(unmatched))
+
+
+def _names(entry: Entry) -> set[str]:
+    return {one.name for one in (entry, *entry.alternatives)}
 
 
 def _is(binding: Binding, adapter: Adapter, delta: object) -> bool:

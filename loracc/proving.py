@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from loracc.binding import bind_adapters, raise_adapters, read_adapters
@@ -111,31 +113,44 @@ def verify(
     made = load(output, {}, graph=graph)
     specs = [parse_adapter_spec(str(adapter)) for adapter in adapters]
     read = read_adapters(specs, told, combine=combine, density=density, rank=rank, seed=seed)
-    untouched = loaded
-    raised_from = None if read else loaded.ir
-    if read:
-        loaded, bound = bind_adapters(loaded, read, maps, allow_unmatched, original)
-    else:
-        loaded, bound = raise_adapters(loaded)
-    judging = VerifyOptions(
-        inputs=dict(loaded.sample_inputs) if loading.get("inputs_file") else {},
-        task=_task(loaded, labels, text, tokenizer, loading),
-        truth=reference,
-        taps=taps,
-        coverage=coverage_of(read, bound.bindings, bound.unmatched, bound.elsewhere),
-        raised_from=raised_from,
-        calibrated=(rounding or recorded_rounding(made)) == "calibrated",
-        seed=seed,
-        provider=provider,
-        threads=threads,
-        latency=latency,
-        margin=margin,
-        seconds=seconds,
-        processes=processes,
-    )
-    result = judge(loaded, made, bound.bindings, judging, progress)
-    facts = gathered(untouched, read, bound.bindings, lower(loaded).ir, made) if reports else None
-    return _reported(result, reports, junit, facts)
+    with _as_output(loaded, made) as loaded:
+        untouched = loaded
+        raised_from = None if read else loaded.ir
+        if read:
+            loaded, bound = bind_adapters(loaded, read, maps, allow_unmatched, original)
+        else:
+            loaded, bound = raise_adapters(loaded)
+        judging = VerifyOptions(
+            inputs=dict(loaded.sample_inputs) if loading.get("inputs_file") else {},
+            task=_task(loaded, labels, text, tokenizer, loading),
+            truth=reference,
+            taps=taps,
+            coverage=coverage_of(read, bound.bindings, bound.unmatched, bound.elsewhere),
+            raised_from=raised_from,
+            calibrated=(rounding or recorded_rounding(made)) == "calibrated",
+            seed=seed,
+            provider=provider,
+            threads=threads,
+            latency=latency,
+            margin=margin,
+            seconds=seconds,
+            processes=processes,
+        )
+        result = judge(loaded, made, bound.bindings, judging, progress)
+        facts = gathered(untouched, read, bound.bindings, lower(loaded).ir, made) if reports else None
+        return _reported(result, reports, junit, facts)
+
+
+@contextmanager
+def _as_output(base: BaseModel, made: BaseModel) -> Iterator[BaseModel]:
+    """The base by the way of the output: two ways of tracing one model may read a size from another input."""
+    if made.format != "exported_program":
+        yield base
+        return
+    from loracc.targets.exported_program import saved_program
+
+    with TemporaryDirectory(prefix="loracc-") as folder, saved_program(base, Path(folder, "base.pt2")) as saved:
+        yield saved
 
 
 def _task(

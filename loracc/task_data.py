@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 
 from loracc.dtypes import Array
-from loracc.errors import InputError, require
+from loracc.errors import InputError
 from loracc.model import BaseModel
 from loracc.sample_inputs import check_inputs, fed
 from loracc.sources.user_inputs import read_npz
+from loracc.tokenizing import read_lines, tokenizer_for
 
 __all__ = ["IGNORED", "TaskData", "from_labels", "from_text"]
 
@@ -61,30 +62,10 @@ def from_text(path: str | Path, model: BaseModel, tokenizer: str | Path | None =
         InputError: No text, no tokenizer, or an input that a tokenizer does not make.
         MissingExtraError: transformers is not installed.
     """
-    try:
-        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: no readable UTF-8 text: {error}.") from error
-    lines = [line for line in lines if line][:_LINES]
-    if not lines:
-        raise InputError(f"{path}: no text in it.")
-    tokens = _tokenizer(Path(tokenizer) if tokenizer else model.path if model.path.is_dir() else model.path.parent)
+    lines = read_lines(Path(path))[:_LINES]
+    tokens = tokenizer_for(model, Path(tokenizer) if tokenizer else None)
     found = [_batch(tokens, lines[lo : lo + _BATCH], model) for lo in range(0, len(lines), _BATCH)]
     return TaskData(tuple(inputs for inputs, _ in found), tuple(labels for _, labels in found))
-
-
-def _tokenizer(folder: Path) -> Any:
-    transformers: Any = require("transformers", "tokenize text")
-    try:
-        found = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(
-            f"{folder}: no tokenizer can be loaded from it: {str(error).strip().splitlines()[0]}",
-            hint="Put the model's tokenizer beside it, or name its folder with --tokenizer DIR.",
-        ) from error
-    if found.pad_token is None:
-        found.pad_token = found.eos_token or found.unk_token
-    return found
 
 
 def _batch(tokens: Any, lines: Sequence[str], model: BaseModel) -> tuple[dict[str, Array], Array]:

@@ -78,7 +78,14 @@ def saved_program(model: BaseModel, beside: Path) -> Iterator[BaseModel]:
         with quiet("torch"):
             torch.export.save(model.origin, path)
         saved = load_exported_program(path, LoadOptions())
-        yield replace(saved, path=model.path, notes=model.notes, input_ranges=model.input_ranges)
+        yield replace(
+            saved,
+            path=model.path,
+            notes=model.notes,
+            input_ranges=model.input_ranges,
+            sample_inputs=model.sample_inputs or saved.sample_inputs,
+            elsewhere=model.elsewhere,
+        )
 
 
 @dataclass(frozen=True)

@@ -150,7 +150,7 @@ def test_what_does_not_help_is_given_up(base: Path, adapter: Path, tmp_path: Pat
     [
         (None, {"dtype": "bf16"}, "no such file"),
         (lambda p: p.write_bytes(b""), {"dtype": "bf16"}, "no text"),
-        (lambda p: p.write_bytes(b"\xff\xfe\x00"), {"dtype": "bf16"}, "neither an .npz file nor UTF-8"),
+        (lambda p: p.write_bytes(b"\xff\xfe\x00"), {"dtype": "bf16"}, "not UTF-8 text"),
         (lambda p: np.savez(p, y=np.zeros((8, 48))), {"dtype": "bf16"}, "no array for the model's inputs x"),
         (lambda p: np.savez(p, x=np.zeros((8, 3), np.float32)), {"dtype": "bf16"}, "do not fit the model"),
         (lambda p: np.savez(p, x=np.zeros((8, 48), np.float32)), {}, "FLOAT"),

@@ -23,6 +23,7 @@ LAYERS = (
     ("sources.*", "formats.*", "streaming", "staging"),
     ("targets.*",),
     ("runners.*", "device_clock", "timing.*", "verdict.*", "coverage", "provenance", "decoder_inputs", "sample_inputs"),
+    ("tokenizing",),
     ("task_data",),
     ("verification", "verify.*", "bench_grid"),
     ("second_moments", "calibration_data", "calibration_stages", "rounding_spec", "calibrate", "calibrated_fold"),

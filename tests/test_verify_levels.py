@@ -12,6 +12,7 @@ import pytest
 
 from loracc.adapter import Adapter, Entry
 from loracc.coverage import coverage_of
+from loracc.deltas import Replacement
 from loracc.verification import VerifyOptions, verify
 from loracc.verify_profile import compare_kernels, kernels_of
 from tests.test_verify_faults import DTYPES, OPTIONS, _scaled
@@ -87,6 +88,12 @@ def test_coverage_counts_every_tensor_once() -> None:
     assert allowed.verdict == "pass" and allowed.to_json()["unmatched"] == ["fc2.weight.A", "fc2.weight.B"]
     twice = coverage_of([adapter], [*bindings, bindings[0]], [])
     assert twice.verdict == "fail" and "bound twice" in twice.reason
+    copy = Entry(bindings[0].site.module, "weight", Replacement(np.zeros((1, 1), np.float32)), ("copy",))
+    both = [
+        *bindings,
+        replace(bindings[0], delta=copy.delta),
+    ]  # what PEFT saves of an embedding: LoRA, and the base's copy
+    assert coverage_of([replace(adapter, entries=(*entries, copy))], both, []).verdict == "pass"
     assert coverage_of([], bindings, []).verdict == "skipped"
 
 

@@ -8,7 +8,14 @@ from typing import Any
 import click
 
 from loracc.commands.github import announce
-from loracc.commands.options import adapter_options, base_option, console, model_options, output_options
+from loracc.commands.options import (
+    adapter_options,
+    base_option,
+    console,
+    model_options,
+    output_options,
+    write_options,
+)
 from loracc.switching.modes import MODES
 
 __all__ = ["attach"]
@@ -66,29 +73,8 @@ Ways of switching (--as):
 )
 @adapter_options
 @base_option
-@click.option(
-    "--dtype", type=click.Choice(["fp32", "fp16", "bf16"]), help="Write weights in this dtype (default: the base's)."
-)
 @model_options
-@click.option(
-    "--data-layout",
-    "--data",
-    "external",
-    type=click.Choice(["auto", "inline", "data", "link"]),
-    default="auto",
-    help="Where OUT keeps its weights: inside, in OUT.data, or (link) in the base's own data file.",
-)
-@click.option("--no-verify", is_flag=True, help="Do not check the result before moving it into place.")
-@click.option(
-    "--report",
-    "reports",
-    multiple=True,
-    metavar="FILE.{html,md,json}",
-    type=click.Path(),
-    help="Write a report, in the form of the ending. Repeatable.",
-)
-@click.option("--dry-run", is_flag=True, help="Say what would be written, and write nothing.")
-@click.option("--force", is_flag=True, help="Replace what exists of OUT and the files beside it.")
+@write_options
 @output_options
 def attach(model: str, adapters: tuple[str, ...], output: str, as_json: bool, quiet: bool, **values: Any) -> None:
     """Keep ADAPTERs beside MODEL's weights, to be switched at run time; nothing is folded."""

@@ -15,6 +15,7 @@ from loracc.commands.options import (
     console,
     model_options,
     output_options,
+    write_options,
 )
 from loracc.rounding_spec import ROUNDINGS
 
@@ -49,9 +50,6 @@ ADAPTER is a file or a folder, optionally NAME=PATH to name it and PATH@0.7 for 
 @combine_options
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of --combine dare's random masks.")
 @click.option(
-    "--dtype", type=click.Choice(["fp32", "fp16", "bf16"]), help="Write weights in this dtype (default: the base's)."
-)
-@click.option(
     "--round",
     "rounding",
     type=click.Choice(ROUNDINGS),
@@ -65,31 +63,13 @@ ADAPTER is a file or a folder, optionally NAME=PATH to name it and PATH@0.7 for 
 )
 @click.option("--tokenizer", type=click.Path(), metavar="DIR", help="Tokenizer for that text (default: the model's).")
 @model_options
-@click.option(
-    "--data-layout",
-    "--data",
-    "external",
-    type=click.Choice(["auto", "inline", "data", "link"]),
-    default="auto",
-    help="Where an .onnx keeps its weights: inside, in OUT.data, or (link) unchanged ones in the base's own data file.",
-)
+@write_options
 @click.option(
     "--save-adapter",
     metavar="DIR",
     type=click.Path(),
     help="Also write the LoRA that is found in MODEL's graph as a PEFT adapter.",
 )
-@click.option("--no-verify", is_flag=True, help="Do not check the result before moving it into place.")
-@click.option(
-    "--report",
-    "reports",
-    multiple=True,
-    metavar="FILE.{html,md,json}",
-    type=click.Path(),
-    help="Write a report, in the form of the ending. Repeatable.",
-)
-@click.option("--dry-run", is_flag=True, help="Say what would be written, and write nothing.")
-@click.option("--force", is_flag=True, help="Replace OUT if it exists.")
 @output_options
 def fold(model: str, adapters: tuple[str, ...], output: str, as_json: bool, quiet: bool, **values: Any) -> None:
     """Fold ADAPTERs, or the LoRA found in the graph, into MODEL's weights and export."""

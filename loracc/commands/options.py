@@ -17,7 +17,9 @@ __all__ = [
     "console",
     "model_options",
     "output_options",
+    "report_option",
     "timing_options",
+    "write_options",
 ]
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -233,3 +235,43 @@ def console(*, as_json: bool, quiet: bool) -> Any:
     if not found.is_terminal:
         found.width = 160  # nobody's window: module paths stay whole in a log
     return found
+
+
+def report_option(command: F) -> F:
+    """Where to report to."""
+    return click.option(
+        "--report",
+        "reports",
+        multiple=True,
+        metavar="FILE.{html,md,json}",
+        type=click.Path(),
+        help="Write a report, in the form of the ending. Repeatable.",
+    )(command)
+
+
+def write_options(command: F) -> F:
+    """How an output is written: where its weights lie, proved or not, for real or not."""
+    for option in reversed(
+        (
+            click.option(
+                "--dtype",
+                type=click.Choice(["fp32", "fp16", "bf16"]),
+                help="Write weights in this dtype (default: the base's).",
+            ),
+            click.option(
+                "--data-layout",
+                "--data",
+                "external",
+                type=click.Choice(["auto", "inline", "data", "link"]),
+                default="auto",
+                help="Where an .onnx keeps its weights: inside, in OUT.data, or (link) unchanged ones in the base's "
+                "own data file.",
+            ),
+            click.option("--no-verify", is_flag=True, help="Do not check the result before moving it into place."),
+            report_option,
+            click.option("--dry-run", is_flag=True, help="Say what would be written, and write nothing."),
+            click.option("--force", is_flag=True, help="Replace what exists of OUT and the files beside it."),
+        )
+    ):
+        command = option(command)
+    return command

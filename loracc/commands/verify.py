@@ -15,6 +15,7 @@ from loracc.commands.options import (
     console,
     model_options,
     output_options,
+    report_option,
     timing_options,
 )
 from loracc.rounding_spec import ROUNDINGS
@@ -71,14 +72,7 @@ Exit code 0 when every check passed, 1 when one said no, 2 when the call or a fi
 @click.option("--latency/--no-latency", default=False, help="Also compare latency with the base (takes a while).")
 @timing_options(seconds=30.0)
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the sampled inputs, and of --combine.")
-@click.option(
-    "--report",
-    "reports",
-    multiple=True,
-    metavar="FILE.{html,md,json}",
-    type=click.Path(),
-    help="Write a report, in the form of the ending. Repeatable.",
-)
+@report_option
 @click.option("--junit", metavar="FILE", type=click.Path(), help="Write the verdicts as JUnit XML.")
 @output_options
 def verify(models: tuple[str, ...], adapters: tuple[str, ...], as_json: bool, quiet: bool, **values: Any) -> int:
