@@ -89,10 +89,7 @@ def test_coverage_counts_every_tensor_once() -> None:
     twice = coverage_of([adapter], [*bindings, bindings[0]], [])
     assert twice.verdict == "fail" and "bound twice" in twice.reason
     copy = Entry(bindings[0].site.module, "weight", Replacement(np.zeros((1, 1), np.float32)), ("copy",))
-    both = [
-        *bindings,
-        replace(bindings[0], delta=copy.delta),
-    ]  # what PEFT saves of an embedding: LoRA, and the base's copy
+    both = [*bindings, replace(bindings[0], delta=copy.delta)]  # as PEFT saves an embedding's LoRA and the base's own
     assert coverage_of([replace(adapter, entries=(*entries, copy))], both, []).verdict == "pass"
     assert coverage_of([], bindings, []).verdict == "skipped"
 
