@@ -23,7 +23,12 @@ def saved(model: Any, folder: Path, **lora: Any) -> tuple[str, str]:
 
 def test_a_program_of_a_folder_is_compared_the_same_way(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
+    sizes: dict[str, Any] = {
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "intermediate_size": 48,
+    }
     bert = transformers.BertModel(transformers.BertConfig(vocab_size=99, **sizes))
     base, adapter = saved(bert, tmp_path, target_modules=["query"])
     out = str(tmp_path / "out.pt2")
