@@ -16,7 +16,8 @@ Anything else that escapes is a bug of loracc's own and keeps its traceback.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
@@ -30,6 +31,7 @@ __all__ = [
     "UnsupportedError",
     "combined",
     "require",
+    "unwrapped",
 ]
 
 
@@ -90,6 +92,23 @@ def combined(errors: Sequence[LoraccError]) -> LoraccError:
     cls = kinds.pop() if len(kinds) == 1 else InputError
     messages = dict.fromkeys(error.message for error in errors)
     return cls("\n".join(messages), hint="\n".join(hints) or None)
+
+
+@contextmanager
+def unwrapped() -> Iterator[None]:
+    """Inside the block a library calls back into loracc, and wraps what is raised there: the user's error comes out.
+
+    onnx_ir computes a folded tensor in the middle of serializing it and raises a ``SerdeError`` from ours.
+    """
+    try:
+        yield
+    except Exception as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, LoraccError):
+            cause = cause.__cause__
+        if cause is None or cause is error:
+            raise
+        raise cause from None
 
 
 _EXTRA_OF = {

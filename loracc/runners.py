@@ -18,7 +18,7 @@ import numpy as np
 import onnx_ir as ir
 
 from loracc.dtypes import Array
-from loracc.errors import InputError, require
+from loracc.errors import InputError, require, unwrapped
 from loracc.tensors import dims
 
 __all__ = [
@@ -260,7 +260,8 @@ class OnnxRunner:
                 value.const_value = ir.ExternalTensor(
                     "given", 0, int(tensor.nbytes), tensor.dtype, shape=ir.Shape(dims(tensor)), name=name
                 )
-            data = ir.to_proto(model).SerializeToString()
+            with unwrapped():
+                data = ir.to_proto(model).SerializeToString()
         finally:
             for value, tensor in kept:
                 value.const_value = tensor

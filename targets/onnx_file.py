@@ -16,7 +16,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from loracc.errors import InputError, UnsupportedError
+from loracc.errors import InputError, UnsupportedError, unwrapped
 from loracc.passes.encode_weights import encoded
 from loracc.progress import Progress
 from loracc.streaming import OutputFile, Segment
@@ -161,7 +161,7 @@ def initializers(model: ir.Model) -> Iterator[ir.Value]:
 def graph_bytes(model: ir.Model, places: Mapping[ir.Value, ir.TensorProtocol], path: Path) -> bytes:
     """The serialized graph, with the tensors of ``places`` by reference and all others inside."""
     _check_attributes(model)
-    with _swapped(model, places):
+    with _swapped(model, places), unwrapped():
         proto = ir.serde.serialize_model(model)
     if proto.ByteSize() >= 2 << 30:
         raise InputError(f"{path}: the graph exceeds protobuf's limit of 2 GiB.", hint="Use --data data.")

@@ -73,15 +73,14 @@ def _entries(grouped: Grouped, context: Context) -> list[Entry]:
         except LoraccError as error:
             errors.append(error)
 
-    targets = context.config.target_parameters if context.config is not None else ()
     wrapped: dict[str, dict[str, Roles]] = {}
     for path, roles in grouped.modules.items():
-        if targeted_parameters(plain_path(path), targets):
+        if _wraps_parameters(path, context.config):
             wrapped.setdefault(plain_path(path), {})[path] = roles
         else:
             attempt(lambda path=path, roles=roles: _module_entries(path, roles, context))  # type: ignore[misc]
     for module, levels in wrapped.items():
-        parameters = targeted_parameters(module, targets)
+        parameters = targeted_parameters(module, context.config.target_parameters if context.config is not None else ())
         attempt(lambda levels=levels, parameters=parameters: expert_entries(levels, parameters, context))  # type: ignore[misc]
     replaced, unknown = replacement_entries(grouped.rest, context, grouped.adapter)
     if unknown:
@@ -90,6 +89,17 @@ def _entries(grouped: Grouped, context: Context) -> list[Entry]:
     if errors:
         raise combined(errors)
     return entries + replaced
+
+
+def _wraps_parameters(path: str, config: PeftConfig | None) -> bool:
+    """Whether this is a wrapper around a raw parameter, and not LoRA on the module.
+
+    A target may be a bare name ("gate_up_proj": PEFT itself writes that for models whose experts transformers stacks),
+    which any module's path could continue with; what ``target_modules`` means is none of them.
+    """
+    if config is None or not targeted_parameters(plain_path(path), config.target_parameters):
+        return False
+    return path != plain_path(path) or not config.adapts_module(path)
 
 
 def _module_entries(path: str, roles: Roles, context: Context) -> list[Entry]:

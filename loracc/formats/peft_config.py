@@ -13,7 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from loracc.errors import InputError, UnsupportedError
-from loracc.formats.peft_fields import integer, mapping, number, optional_list, switch, token_indices
+from loracc.formats.peft_fields import (
+    integer,
+    mapping,
+    names_or_pattern,
+    number,
+    optional_list,
+    switch,
+    token_indices,
+)
 from loracc.formats.peft_refused import NOT_FOLDABLE
 from loracc.formats.tensors import some
 
@@ -109,6 +117,8 @@ class PeftConfig:
     Attributes:
         peft_version: Who wrote it, as (major, minor); None when it does not say (before 0.18).
         tokens: ``trainable_token_indices``: by module name, "" for "the input embedding".
+        target_modules: Names or one regular expression, kept only beside ``target_parameters``, to tell LoRA on a
+            module from LoRA on one of its raw parameters.
         blocks: BD-LoRA: which modules' factors are stored as blocks of a diagonal.
         kasa: KaSA: a diagonal stands between the factors, and W loses its r smallest singular values.
     """
@@ -124,11 +134,23 @@ class PeftConfig:
     lora_bias: bool = False
     modules_to_save: tuple[str, ...] = ()
     target_parameters: tuple[str, ...] = ()
+    target_modules: tuple[str, ...] | str = ()
     tokens: Mapping[str, tuple[int, ...]] | None = None
     peft_version: tuple[int, int] | None = None
     notes: tuple[str, ...] = ()
     blocks: BlockDiagonal | None = None
     kasa: bool = False
+
+    def adapts_module(self, path: str) -> bool:
+        """Whether ``target_modules`` means this module (PEFT's ``check_target_module_exists``).
+
+        >>> config = PeftConfig(8, 8, target_modules=("q", "lm_head"))
+        >>> config.adapts_module("layers.0.q"), config.adapts_module("lm_head"), config.adapts_module("experts")
+        (True, True, False)
+        """
+        if isinstance(self.target_modules, str):
+            return re.fullmatch(self.target_modules, path) is not None
+        return any(path == name or path.endswith(f".{name}") for name in self.target_modules)
 
     def rank_of(self, path: str) -> int:
         """r of a module (or of ``module.parameter`` for a targeted parameter)."""
@@ -190,6 +212,7 @@ def parse_lora_config(path: Path, config: Mapping[str, Any], *, residual_base: b
     """
     _refuse(path, config)
     _check_init(path, config.get("init_lora_weights", True), residual_base)
+    parameters = optional_list(path, config, "target_parameters")
     bias = config.get("bias", "none")
     if bias not in ("none", "all", "lora_only"):
         raise InputError(f"{path}: bias is {bias!r}, expected 'none', 'all' or 'lora_only'.")
@@ -204,7 +227,8 @@ def parse_lora_config(path: Path, config: Mapping[str, Any], *, residual_base: b
         bias=bias,
         lora_bias=switch(path, config, "lora_bias"),
         modules_to_save=optional_list(path, config, "modules_to_save"),
-        target_parameters=optional_list(path, config, "target_parameters"),
+        target_parameters=parameters,
+        target_modules=names_or_pattern(path, config, "target_modules") if parameters else (),
         tokens=token_indices(path, config),
         peft_version=_version(config.get("peft_version")),
         blocks=_blocks(path, config.get("use_bdlora")),

@@ -10,7 +10,7 @@ from typing import Any
 
 from loracc.errors import InputError
 
-__all__ = ["integer", "mapping", "number", "optional_list", "switch", "token_indices"]
+__all__ = ["integer", "mapping", "names_or_pattern", "number", "optional_list", "switch", "token_indices"]
 
 
 def _wrong(path: Path, field: str, value: Any, expected: str) -> InputError:
@@ -18,7 +18,12 @@ def _wrong(path: Path, field: str, value: Any, expected: str) -> InputError:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # JSON's integers have no end
+        return False
 
 
 def integer(path: Path, config: Mapping[str, Any], field: str, default: int) -> int:
@@ -72,6 +77,18 @@ def optional_list(path: Path, config: Mapping[str, Any], field: str) -> tuple[st
     if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
         raise _wrong(path, field, value, "a list of strings")
     return tuple(value)
+
+
+def names_or_pattern(path: Path, config: Mapping[str, Any], field: str) -> tuple[str, ...] | str:
+    """A list of names, in a fixed order (PEFT saves a set), or one regular expression; absent is empty."""
+    value = config.get(field)
+    if not isinstance(value, str):
+        return tuple(sorted(optional_list(path, config, field)))
+    try:
+        re.compile(value)
+    except re.error as error:
+        raise _wrong(path, field, value, f"names or a regular expression ({error})") from error
+    return value
 
 
 def token_indices(path: Path, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:

@@ -142,9 +142,21 @@ def _linear(path: str, roles: Roles, context: Context) -> list[Entry]:
     turned = context.config.fan_in_fan_out if context.config is not None and a.ndim == 2 and not is_attention else None
     keys = tuple(roles[role].key for role in ("A", "B", "magnitude") if role in roles)
     entries = [Entry(plain_path(path), parameter, delta, keys, turned)]
+    _check_bias(path, roles, context)
     if "B_bias" in roles:
         entries.append(_bias(path, roles, context, delta.scale))
     return entries
+
+
+def _check_bias(path: str, roles: Roles, context: Context) -> None:
+    """``lora_bias`` gives every lora_B a bias; the configuration must agree."""
+    wanted = context.config.lora_bias if context.config is not None else "B_bias" in roles
+    if wanted != ("B_bias" in roles):
+        what = "has no lora_B.bias" if wanted else f"has {roles['B_bias'].key}"
+        raise InputError(
+            f"{context.path}: {plain_path(path)} {what}, and adapter_config.json says lora_bias={wanted}.",
+            hint="Tensors and configuration are of different adapters: fetch both again.",
+        )
 
 
 def _whole_factors(path: str, context: Context, a: Array, b: Array) -> tuple[Array, Array]:

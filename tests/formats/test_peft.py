@@ -181,6 +181,26 @@ def test_attention_and_experts(tmp_path: Path) -> None:
     assert isinstance(inner.delta, PackedExperts) and inner.delta.rank == 2 and inner.delta.input_first is None
 
 
+def test_a_bare_target_parameter_is_no_module_of_target_modules(tmp_path: Path) -> None:
+    """PEFT writes bare names itself when it converts an adapter of experts that transformers 5 stacks."""
+    tensors = lora("attn.q_proj") | lora("mlp.experts", out=5, inner=4, r=6) | lora("mlp.router")
+    fields: dict[str, Any] = {"target_parameters": ["gate_up_proj"], "target_modules": ["q_proj", "router"]}
+    names = {entry.name for entry in load_adapter(write_adapter(tmp_path / "a", tensors, **fields)).entries}
+    assert names == {"attn.q_proj.weight", "mlp.router.weight", "mlp.experts.gate_up_proj"}
+    by_pattern = {**fields, "target_modules": r".*\.(q_proj|router)"}
+    assert len(load_adapter(write_adapter(tmp_path / "b", tensors, **by_pattern)).entries) == 3
+    with pytest.raises(InputError, match="regular expression"):
+        load_adapter(write_adapter(tmp_path / "c", tensors, **{**fields, "target_modules": "("}))
+
+
+@pytest.mark.parametrize("says", [True, False])
+def test_a_bias_of_lora_b_and_the_configuration_agree(says: bool, tmp_path: Path) -> None:
+    bias = {} if says else {"base_model.model.fc.lora_B.bias": np.ones(6, np.float32)}
+    folder = write_adapter(tmp_path / "a", lora("fc") | bias, lora_bias=says)
+    with pytest.raises(InputError, match=f"lora_B.bias, and adapter_config.json says lora_bias={says}"):
+        load_adapter(folder)
+
+
 def test_bare_file(tmp_path: Path) -> None:
     path = tmp_path / "bare.safetensors"
     save_file(lora("fc") | lora("fc2", r=4), path)

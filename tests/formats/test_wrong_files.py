@@ -116,6 +116,7 @@ CASES: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
         ("empty", "lora_A.weight [0, 8]"),
     ),
     "r = 0 in the configuration": (with_tensors({}, r=0), ("r in adapter_config.json is 0", "positive")),
+    "alpha too long for a float": (with_tensors({}, lora_alpha=10**400), ("lora_alpha", "a finite number")),
     "alpha 0": (with_tensors({}, lora_alpha=0), ("lora_alpha", "is 0", "other than 0")),
     "a scalar": (with_tensors({f"{FC}.lora_A.weight": torch.tensor(3.0)}), ("lora_A.weight", "shape []")),
     "an empty tensor": (with_tensors({f"{FC}.lora_B.weight": torch.ones(12, 0)}), ("empty", "lora_B.weight [12, 0]")),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ import pytest
 
 from loracc.deltas import LowRank
 from loracc.dtypes import Array
-from loracc.errors import InputError, UnsupportedError
+from loracc.errors import InputError, NumericsError, UnsupportedError
 from loracc.folded import Binding, FoldedTensor
 from loracc.model import LoadOptions
 from loracc.sites import TRANSPOSED, Site
@@ -219,3 +220,16 @@ def test_the_file_that_the_base_is_read_from_is_not_overwritten(tmp_path: Path, 
     loaded = load_onnx(base, LoadOptions()).ir
     with pytest.raises(InputError, match="weights are read from this file"):
         plan_onnx(loaded, base.with_name("out.onnx"), external=external)
+
+
+@pytest.mark.parametrize("external", ["inline", "data"])
+def test_what_a_fold_refuses_comes_out_as_it_was_raised(external: str, tmp_path: Path) -> None:
+    """onnx_ir computes a tensor that lies inside while it serializes, and wraps what is raised there."""
+    made = model(tmp_path)
+    folded = made.graph.initializers["w"].const_value
+    assert isinstance(folded, FoldedTensor)
+    [binding] = folded.bindings
+    too_much = replace(binding, delta=binding.delta.scaled(1e40))
+    made.graph.initializers["w"].const_value = FoldedTensor(folded.base, [too_much])
+    with pytest.raises(NumericsError, match=r"folding m.weight: the weight would hold inf or NaN"):
+        write_onnx(made, tmp_path / "out.onnx", external=external)
