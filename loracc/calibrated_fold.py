@@ -9,12 +9,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from loracc.calibrate import Calibration, calibrate
+from loracc.calibrate import Calibrated, Calibration, calibrate
 from loracc.calibrated import CalibratedTensor
+from loracc.calibrated_codes import CalibratedCodes
 from loracc.calibration_data import calibration_batches
 from loracc.dtypes import Array, round_to
 from loracc.folded import FoldedTensor
 from loracc.model import BaseModel
+from loracc.passes.link_biases import follow_weights
 from loracc.progress import Progress
 from loracc.rounding_spec import RoundingSpec
 from loracc.sites import Site
@@ -48,7 +50,7 @@ def calibrated_model(
         yield _applied(target, found.tensors, folder), found
 
 
-def _applied(target: BaseModel, tensors: Mapping[str, CalibratedTensor], folder: Path) -> BaseModel:
+def _applied(target: BaseModel, tensors: Mapping[str, Calibrated], folder: Path) -> BaseModel:
     """A copy of the model with the calibrated values wherever the same deltas are folded."""
     chosen = {
         (binding.adapter, binding.key, binding.site.consumer): (tensor, binding.site)
@@ -60,17 +62,21 @@ def _applied(target: BaseModel, tensors: Mapping[str, CalibratedTensor], folder:
         fold = value.const_value
         if isinstance(fold, FoldedTensor) and fold.bindings:
             value.const_value = _with_values(fold, chosen, folder / f"target-{number}")
+    follow_weights(graph)
     return replace(target, ir=graph)
 
 
-def _with_values(fold: FoldedTensor, chosen: Mapping[Any, tuple[CalibratedTensor, Site]], path: Path) -> FoldedTensor:
-    pairs: dict[Site, tuple[CalibratedTensor, Site]] = {}
+def _with_values(fold: FoldedTensor, chosen: Mapping[Any, tuple[Calibrated, Site]], path: Path) -> FoldedTensor:
+    pairs: dict[Site, tuple[Calibrated, Site]] = {}
     for binding in fold.bindings:
         found = chosen.get((binding.adapter, binding.key, binding.site.consumer))
         if found is not None:
             pairs[binding.site] = found
     if not pairs:
         return fold
+    codes = next((tensor for tensor, _ in pairs.values() if isinstance(tensor, CalibratedCodes)), None)
+    if codes is not None:  # of the very graph that is written: nothing else has them
+        return codes
     rounded = round_to(fold.exact_rows(0, dims(fold)[0]), fold.dtype)
     gains = {}
     for site, (tensor, there) in pairs.items():

@@ -12,6 +12,7 @@ import numpy as np
 
 from loracc.blas import one_blas_thread
 from loracc.calibrated import CalibratedTensor, Gain
+from loracc.calibrated_codes import CalibratedCodes
 from loracc.dtypes import Array
 from loracc.folded import Binding, FoldedTensor
 from loracc.requantized import RequantizedTensor
@@ -131,7 +132,7 @@ def _row(binding: Binding, relative_norm: float | None, survived: float | None, 
 
 
 def _gain(tensor: FoldedTensor, binding: Binding) -> Gain | None:
-    return tensor.gains.get(binding.site.name) if isinstance(tensor, CalibratedTensor) else None
+    return tensor.gains.get(binding.site.name) if isinstance(tensor, CalibratedTensor | CalibratedCodes) else None
 
 
 def _norms(tensor: FoldedTensor) -> tuple[float | None, float | None]:

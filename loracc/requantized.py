@@ -32,7 +32,7 @@ from loracc.rows import ArrayRows, Rows
 from loracc.sites import Layout
 from loracc.tensors import TiledTensor, dims
 
-__all__ = ["CodesTensor", "RequantizedTensor", "Totals", "followed", "turned_layout"]
+__all__ = ["CodesTensor", "RequantizedTensor", "Settled", "Totals", "followed", "turned_layout"]
 
 
 @dataclass
@@ -51,7 +51,7 @@ class Totals:
 
 
 @dataclass(frozen=True)
-class _Settled:
+class Settled:
     """What the first passes decided: the new grid, and which blocks a delta changes."""
 
     grid: Grid
@@ -82,15 +82,15 @@ class RequantizedTensor(FoldedTensor):
         self.decoded = base
         self.weight: EncodedWeight = base.weight
         self.dither = dither
-        # The sites' layouts refer to the initializer, the fold's to the codes.
-        self._fold = FoldedTensor(base.exact(), [_at_codes(b, base) for b in self.bindings], ir.DataType.DOUBLE)
-        self._decision: _Settled | None = None
+        #: The fold in float64. The sites' layouts refer to the initializer, this one's to the codes.
+        self.at_codes = FoldedTensor(base.exact(), [_at_codes(b, base) for b in self.bindings], ir.DataType.DOUBLE)
+        self._decision: Settled | None = None
         self._deciding = threading.Lock()
 
     def open_rows(self, *, few: bool = False) -> Rows:
         grid = self.settled.grid
         values = np.empty(self.weight.shape, self.dtype.numpy())
-        for lo, hi, exact in self._exact(self.weight.spans()):
+        for lo, hi, exact in self.exact_spans(self.weight.spans()):
             values[lo:hi] = round_to(grid.part(lo, hi).decode(self.codes_of(exact, lo, hi)), self.dtype)
         return ArrayRows(values.T if self.decoded.turned else values)
 
@@ -98,7 +98,7 @@ class RequantizedTensor(FoldedTensor):
         return np.ascontiguousarray(self.numpy()[lo:hi])
 
     @property
-    def settled(self) -> _Settled:
+    def settled(self) -> Settled:
         """The decision on every block's grid; made when first asked for."""
         with self._deciding:
             if self._decision is None:
@@ -125,7 +125,7 @@ class RequantizedTensor(FoldedTensor):
 
     def exact_codes_rows(self, spans: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int, Array]]:
         """``(lo, hi, codes)`` of runs of rows that begin at blocks."""
-        for lo, hi, exact in self._exact(spans):
+        for lo, hi, exact in self.exact_spans(spans):
             yield lo, hi, self.codes_of(exact, lo, hi)
 
     def codes_of(self, exact: Array, lo: int, hi: int) -> Array:
@@ -141,22 +141,22 @@ class RequantizedTensor(FoldedTensor):
         codes: Array = np.clip(np.floor(grid.position(exact) + noise), grid.low, grid.high)
         return codes
 
-    def _exact(self, spans: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int, Array]]:
+    def exact_spans(self, spans: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int, Array]]:
         """W + ΔW in float64."""
-        with self._fold.open_rows() as rows:
+        with self.at_codes.open_rows() as rows:
             for lo, hi in spans:
                 exact = np.empty((hi - lo, *self.weight.shape[1:]))
                 rows.fill(lo, hi, exact)
                 yield lo, hi, exact
 
     def _pairs(self, spans: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int, Array, Array]]:
-        """(W, W + ΔW) in float64; the same at every run, if not to the last bit what :meth:`_exact` gives."""
-        for (lo, hi), (original, exact, _) in zip(spans, self._fold.probe(spans), strict=True):
+        """(W, W + ΔW) in float64; the same at every run, if not to the last bit what :meth:`exact_spans` gives."""
+        for (lo, hi), (original, exact, _) in zip(spans, self.at_codes.probe(spans), strict=True):
             yield lo, hi, original, exact
 
     # ------------------------------------------------------------------------------------------------ choice of grids
 
-    def _settle(self) -> _Settled:
+    def _settle(self) -> Settled:
         old, spans = self.weight.grid(), self.weight.spans()
         choice = _Choice(self.weight, old)
         # Rows that share no scale are looked at once, any others twice: W + ΔW is not held.
@@ -238,13 +238,13 @@ class _Choice:
             self.along[index][rows] += self.blocks.reduce(np.add, off)
         self.scales[rows], self.zeros[rows] = new.scales, new.zeros
 
-    def settled(self) -> _Settled:
+    def settled(self) -> Settled:
         """The better of the two grids for each block that changes."""
         better = self.touched & ((self.lost[1] < self.lost[0]) | self.forced)
         scales, zeros = np.where(better, self.scales, self.old.scales), np.where(better, self.zeros, self.old.zeros)
         lost, along = np.where(better, self.lost[1], self.lost[0]), np.where(better, self.along[1], self.along[0])
         self.totals.lost, self.totals.along = float(lost[self.touched].sum()), float(along[self.touched].sum())
-        return _Settled(replace(self.old, scales=scales, zeros=zeros), self.touched, self.totals)
+        return Settled(replace(self.old, scales=scales, zeros=zeros), self.touched, self.totals)
 
 
 class CodesTensor(TiledTensor):

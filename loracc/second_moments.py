@@ -103,22 +103,25 @@ def collect_moments(
     runners = [_runner(model, names) for model in (reference, current) if model is not None]
     sums = {seen: _Sums(folder / f"{number}.f64") for number, seen in enumerate(inputs)}
     for batch in batches:
-        found = [{**batch.inputs, **runner.run(batch.inputs)} for runner in runners]
+        found = [{**batch.inputs, **(runner.run(batch.inputs) if runner else {})} for runner in runners]
         for seen, total in sums.items():
             exact, *rounded = (_rows(values[seen.value], seen, batch.inputs) for values in found)
             total.add(rounded[0] if rounded else exact, exact if rounded else None, held_out=batch.held_out)
     return sums
 
 
-def _runner(model: ir.Model, names: Sequence[str]) -> OnnxRunner:
-    """The model in float32 with the named values as its only outputs, and nothing that they do not need."""
+def _runner(model: ir.Model, names: Sequence[str]) -> OnnxRunner | None:
+    """The model in float32 with the named values as its only outputs, and nothing that they do not need.
+
+    None where all of them are fed: the runtime does not load a graph without nodes.
+    """
     graph = in_reference(model, (), ir.DataType.FLOAT).model
     assert isinstance(graph, ir.Model)
     fed = {value.name for value in graph.graph.inputs}
     graph.graph.outputs.clear()
     with_outputs(graph, [name for name in names if name not in fed])
     RemoveUnusedNodesPass()(graph)
-    return OnnxRunner(graph)
+    return OnnxRunner(graph) if graph.graph.outputs else None
 
 
 def _rows(values: Array, seen: SiteInput, inputs: Mapping[str, Array]) -> Array:

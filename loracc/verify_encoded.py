@@ -21,11 +21,13 @@ from loracc.dtypes import Array, unit_roundoff
 from loracc.encodings.decoded import DecodedTensor
 from loracc.encodings.encoded_weight import EncodedWeight
 from loracc.encodings.grid import Grid
+from loracc.encodings.site_grid import SiteGrid
 from loracc.folded import Binding
 from loracc.requantized import turned_layout
 from loracc.sites import Layout
 from loracc.tensors import read_rows
 from loracc.verdict import WeightSite
+from loracc.verify_chosen_codes import SMALLEST, STEPS, site_noise
 from loracc.verify_oracle import oracle_slabs
 
 __all__ = ["check_encoded", "same_parts"]
@@ -65,6 +67,8 @@ def check_encoded(
     after: DecodedTensor,
     bindings: Sequence[Binding],
     leader: tuple[DecodedTensor, DecodedTensor] | None = None,
+    *,
+    calibrated: bool = False,
 ) -> tuple[WeightSite, float]:
     """One bound weight of the output; the norm of ΔW.
 
@@ -75,6 +79,8 @@ def check_encoded(
         bindings: The deltas.
         leader: Of the bias of an integer operator: that operator's weight in the base and in the output. The bias's
             scale is then that weight's times a constant, and rules 1 to 3 are about the weight only.
+        calibrated: The codes were chosen: sites that are not rounded to nearest are held to the promises of
+            :mod:`loracc.verify_chosen_codes`.
     """
     weight, made = before.weight, after.weight
     if other := weight.same_scheme(made):
@@ -93,7 +99,10 @@ def check_encoded(
             changed = weight.blocks.expand(touched[weight.blocks.rows(lo, hi)], hi - lo)
             values = read_rows(base, lo, hi), exact[lo:hi]
             _look(found, grid.part(lo, hi), (weight, made), (lo, hi), values, changed)
-    if found.wrong:
+    required = _REQUIRED
+    if calibrated and leader is None and len(weight.shape) == 2 and (found.wrong or reasons):
+        required, found.excess, reasons = 0.0, *_chosen(before, made, bindings, seen, exact)
+    elif found.wrong:
         share = 100.0 * found.wrong / found.elements
         reasons.append(f"{found.wrong} codes ({share:.3g} %) are not those nearest to W + ΔW")
         if before.original is None and found.change and 0.5 < found.along / found.change < 1.5:
@@ -105,15 +114,54 @@ def check_encoded(
         adapter=", ".join(dict.fromkeys(binding.adapter for binding in bindings)),
         dtype=f"{weight.op_type} {weight.bits} bit",
         correctly_rounded=1.0 - found.wrong / max(found.elements, 1),
-        required=_REQUIRED,
+        required=required,
         worst_excess=found.excess,
         max_relative_error=found.error / found.largest if found.largest else found.error,
         relative_norm=norm / math.sqrt(found.weight) if found.weight else None,
         survived=found.along / found.change if found.change else None,
         reason=", ".join(reasons),
-        tolerance=found.step / found.largest if found.largest else found.step,
+        tolerance=(found.step if required else STEPS * found.step) / (found.largest or 1.0),
     )
     return site, norm
+
+
+def _chosen(
+    before: DecodedTensor, made: EncodedWeight, bindings: Sequence[Binding], seen: _Seen, exact: Array
+) -> tuple[float, list[str]]:
+    """Where codes were chosen: how far the furthest is beside what it may be, and what does not hold."""
+    weight, new = before.weight, made.grid()
+    reasons = _grid_reasons(weight, made, seen, smallest=SMALLEST)
+    plain = _kept(weight, made) | (_by_rule(weight, new, seen.least, seen.most) & (seen.lost[1] <= seen.lost[0]))
+    original, codes, count = before.exact().numpy(), made.read_codes(0, len(exact)), len(exact)
+    touched, plain = (np.broadcast_to(new.blocks.expand(mask, count), exact.shape) for mask in (seen.touched, plain))
+    layouts = dict.fromkeys(_at_codes(before, binding.site.layout) for binding in bindings)
+    sites = [(SiteGrid.of(new, layout), layout.view) for layout in layouts]
+    furthest = 0.0
+    for grid, view in sites:
+        noise, nearest = site_noise(grid, *map(view, (codes, original, exact, touched)))
+        furthest = max(furthest, noise.furthest / STEPS)
+        if not (nearest and view(plain).all()):
+            reasons += noise.broken()
+    rest = touched.copy()
+    for _, view in sites:
+        view(rest)[...] = False
+    whole = SiteGrid.of(new, Layout())
+    _, nearest = site_noise(whole, codes, original, exact, rest)
+    if not nearest:
+        reasons.append("codes of no bound site are not the nearest ones")
+    stay = ~touched & (codes != weight.read_codes(0, count))
+    if stay.any():
+        reasons.append(f"{int(stay.sum())} codes changed in blocks that no delta changes")
+    return furthest, list(dict.fromkeys(reasons))
+
+
+def _at_codes(tensor: DecodedTensor, layout: Layout) -> Layout:
+    return turned_layout(layout) if tensor.turned else layout
+
+
+def _kept(weight: EncodedWeight, made: EncodedWeight) -> Array:
+    old, new = weight.grid(), made.grid()
+    return (old.scales == new.scales) & (old.zeros == new.zeros)
 
 
 def _unlike(name: str, weight: EncodedWeight, bindings: Sequence[Binding], reason: str) -> WeightSite:
@@ -132,7 +180,7 @@ def _oracle(before: DecodedTensor, after: DecodedTensor, bindings: Sequence[Bind
     exact = base.numpy()
     groups: dict[Layout, list[Binding]] = {}
     for binding in bindings:
-        layout = turned_layout(binding.site.layout) if before.turned else binding.site.layout
+        layout = _at_codes(before, binding.site.layout)
         groups.setdefault(layout, []).append(replace(binding, site=replace(binding.site, layout=layout)))
     for layout, group in groups.items():
         view, at = layout.view(exact), 0
@@ -203,20 +251,19 @@ def _look(
     found.along += float(np.vdot(moved, change))
 
 
-def _grid_reasons(weight: EncodedWeight, made: EncodedWeight, seen: _Seen) -> list[str]:
-    """Rules 1 to 3 for scales and zero points."""
-    old, new, touched = weight.grid(), made.grid(), seen.touched
-    kept = (old.scales == new.scales) & (old.zeros == new.zeros)
+def _grid_reasons(weight: EncodedWeight, made: EncodedWeight, seen: _Seen, smallest: float = 1.0) -> list[str]:
+    """Rules 1 to 3 for scales and zero points; ``smallest`` below 1 lets those of rule 2 be smaller, and rule 3 go."""
+    new, touched, kept = made.grid(), seen.touched, _kept(weight, made)
     reasons = []
     if (~touched & ~kept).any():
         reasons.append(f"{int((~touched & ~kept).sum())} blocks that no delta changes have another scale")
     if not (np.isfinite(new.scales).all() and np.isfinite(new.zeros).all()):
         return [*reasons, "scales or zero points are inf or NaN"]
-    strange = touched & ~kept & ~_by_rule(weight, new, seen.least, seen.most)
+    strange = touched & ~kept & ~_by_rule(weight, new, seen.least, seen.most, smallest)
     if strange.any():
         reasons.append(f"{int(strange.sum())} blocks have a scale or zero point that neither the base nor the rule has")
     worse = touched & ~kept & (seen.lost[1] > seen.lost[0] * (1.0 + _SLACK))
-    if worse.any():
+    if worse.any() and smallest == 1.0:
         reasons.append(f"{int(worse.sum())} blocks lose more than with the scale they had")
     return reasons
 
@@ -232,27 +279,35 @@ def _follows(weight: EncodedWeight, made: EncodedWeight, before: EncodedWeight, 
     return [] if same else ["a bias has other zero points"]
 
 
-def _by_rule(weight: EncodedWeight, new: Grid, least: Array, most: Array) -> Array:
-    """Whether each block's grid is what round-to-nearest gives for its extremes."""
+def _by_rule(weight: EncodedWeight, new: Grid, least: Array, most: Array, smallest: float = 1.0) -> Array:
+    """Whether each block's grid is what round-to-nearest gives for its extremes, times ``smallest`` to 1."""
     rule = weight.rule()
     relative = 2.0 * unit_roundoff(weight.scales.dtype)
     zeros = new.zeros
     if rule.symmetric:
         # The grid's two ends hold the block, and one of them is an extreme of it.
-        ends = [(rule.low - zeros) * new.scales, (rule.high - zeros) * new.scales]
         if rule.negative_scales:
             extreme = np.where(np.abs(most) > np.abs(least), most, least)
-            return np.abs(ends[0] - extreme) <= relative * np.abs(extreme)
+            return _between((rule.low - zeros) * new.scales, extreme, smallest, relative)
         reach = np.maximum(most, 0), np.minimum(least, 0)
         above = np.where(rule.high - zeros > 0, reach[0] / np.maximum(rule.high - zeros, 1), 0.0)
         below = np.where(rule.low - zeros < 0, reach[1] / np.minimum(rule.low - zeros, -1), 0.0)
-        wanted = np.maximum(above, below)
-        return np.abs(new.scales - wanted) <= relative * wanted
+        return _between(new.scales, np.maximum(above, below), smallest, relative)
     span = np.maximum(most, 0) - np.minimum(least, 0)
-    scale_fits = np.abs(new.scales * (rule.high - rule.low) - span) <= relative * span
-    ideal = np.clip(rule.low - np.minimum(least, 0) / np.where(new.scales == 0, 1, new.scales), rule.low, rule.high)
+    scale_fits = _between(new.scales * (rule.high - rule.low), span, smallest, relative)
+    scales = new.scales if smallest == 1.0 else span / (rule.high - rule.low)
+    unclipped = rule.low - np.minimum(least, 0) / np.where(scales == 0, 1, scales)
+    ideal = np.clip(unclipped, rule.low, rule.high)
     slack = 0.5 + _SLACK if rule.zero_dtype is None else 2.0 * unit_roundoff(rule.zero_dtype) * (1.0 + np.abs(ideal))
+    slack = slack + (0.0 if smallest == 1.0 else relative * np.abs(unclipped - rule.low))
     return scale_fits & (np.abs(zeros - ideal) <= slack)
+
+
+def _between(values: Array, wanted: Array, smallest: float, relative: float) -> Array:
+    """Whether values are the wanted ones, times ``smallest`` to 1."""
+    found, most = values * np.sign(wanted), np.abs(wanted)
+    result: Array = (found <= most * (1.0 + relative)) & (found >= smallest * most * (1.0 - relative))
+    return result & ((wanted != 0) | (values == 0))
 
 
 def _lost(grid: Grid, exact: Array) -> Array:

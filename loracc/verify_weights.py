@@ -79,7 +79,7 @@ def check_weights(
             untouched += same
             changed += [] if same else [pair.out]
         elif isinstance(before, DecodedTensor) and isinstance(after, DecodedTensor):
-            site, moved = check_encoded(pair.out, before, after, _once(here), leader)
+            site, moved = check_encoded(pair.out, before, after, _once(here), leader, calibrated=calibrated)
             sites.append(site)
             effect = max(effect, moved)
         elif not _comparable(before, after):

@@ -17,7 +17,7 @@ import onnx_ir as ir
 from loracc.encodings.decoded import DecodedTensor
 from loracc.requantized import RequantizedTensor
 
-__all__ = ["LinkBiases", "linked_biases"]
+__all__ = ["LinkBiases", "follow_weights", "linked_biases"]
 
 #: Operators whose bias is their third input and their weight the second.
 _OPERATORS = frozenset({"Gemm", "Conv", "ConvTranspose"})
@@ -60,3 +60,11 @@ class LinkBiases(ir.passes.InPlacePass):
             assert decoded is not None
             bias.const_value = RequantizedTensor(decoded, bindings, leader.dither, leader=leader)
         return ir.passes.PassResult(model, modified)
+
+
+def follow_weights(model: ir.Model) -> None:
+    """Biases that follow a weight follow what has taken its place since, in place."""
+    for weight, bias in list(linked_biases(model)):
+        leader, follower = weight.const_value, bias.const_value
+        if isinstance(leader, RequantizedTensor) and isinstance(follower, RequantizedTensor) and follower.leader:
+            bias.const_value = RequantizedTensor(follower.decoded, follower.bindings, follower.dither, leader)

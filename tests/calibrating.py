@@ -19,23 +19,26 @@ __all__ = ["SIZES", "inputs", "write_adapter", "write_data", "write_model", "wri
 SIZES = (48, 64, 40)
 
 
-def write_model(path: Path, *, seed: int = 0) -> Path:
-    """x·W0 stored ``[in, out]``, Relu, then a Gemm whose weight is stored ``[out, in]``."""
+def write_model(path: Path, *, seed: int = 0, gemm: bool = True) -> Path:
+    """x·W0 stored ``[in, out]``, Relu, then a Gemm whose weight is stored ``[out, in]``, or a MatMul."""
     rng = np.random.default_rng(seed)
     one = rng.standard_normal(SIZES[:2]).astype(np.float32) / 7
     two = rng.standard_normal(SIZES[:0:-1]).astype(np.float32) / 8
+    last = helper.make_node("Gemm", ["r", "two.weight"], ["y"], "/two/Gemm", transB=1)
+    if not gemm:
+        two, last = np.ascontiguousarray(two.T), helper.make_node("MatMul", ["r", "two.weight"], ["y"], "/two/MatMul")
     graph = helper.make_graph(
         [
             helper.make_node("MatMul", ["x", "one.weight"], ["h"], "/one/MatMul"),
             helper.make_node("Relu", ["h"], ["r"], "/Relu"),
-            helper.make_node("Gemm", ["r", "two.weight"], ["y"], "/two/Gemm", transB=1),
+            last,
         ],
         "calibrated",
         [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", SIZES[0]])],
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", SIZES[2]])],
         [numpy_helper.from_array(one, "one.weight"), numpy_helper.from_array(two, "two.weight")],
     )
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10), path)
     return path
 
 

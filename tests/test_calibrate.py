@@ -209,16 +209,6 @@ def test_nothing_to_choose(tmp_path: Path) -> None:
         loracc.fold(tmp_path / "e.onnx", [folder], tmp_path / "o.onnx", dtype="bf16", rounding="calibrated")
 
 
-def test_a_quantized_base_is_refused(adapter: Path, base: Path, data: Path, tmp_path: Path) -> None:
-    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
-
-    quantizer = MatMulNBitsQuantizer(onnx.load(base), bits=8, block_size=16)
-    quantizer.process()
-    onnx.save(quantizer.model.model, tmp_path / "q.onnx")
-    with pytest.raises(InputError, match="is quantized"):
-        loracc.fold(tmp_path / "q.onnx", [adapter], tmp_path / "o.onnx", calibrate=data)
-
-
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # PEFT asks for it
 def test_a_checkpoint_from_text(tmp_path: Path) -> None:
     """A folder's graph is traced for the sums, and its own tokenizer reads the text."""

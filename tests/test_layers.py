@@ -17,7 +17,7 @@ LAYERS = (
     ("adapter", "deltas", "kinds.*"),
     ("sites", "tensors", "fused", "concatenated"),
     ("encodings.*",),
-    ("folded", "requantized", "calibrated", "facts"),
+    ("folded", "requantized", "calibrated", "calibrated_codes", "facts"),
     ("model", "progress", "manifest", "slot_layout"),
     ("passes.*",),
     ("sources.*", "formats.*", "streaming", "staging"),

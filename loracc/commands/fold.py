@@ -33,6 +33,7 @@ Examples:
   loracc fold other.onnx adapter/ --base hf_folder/ -o out.onnx     weights without names: by their values
   loracc fold base.onnx lora.safetensors --alpha 16 -o out.onnx
   loracc fold bf16_folder/ adapter/ --calibrate sentences.txt -o merged/
+  loracc fold int4.onnx adapter/ --base hf_folder/ --calibrate sentences.txt -o out.onnx    quantized weights too
   loracc fold model.pt --allow-pickle --input x:float32[2,8] adapter/ -o out.onnx
   loracc fold lora_model.pt2 -o out.onnx --save-adapter found/   LoRA inside the graph, and as a PEFT adapter
 
@@ -53,7 +54,7 @@ ADAPTER is a file or a folder, optionally NAME=PATH to name it and PATH@0.7 for 
     "--round",
     "rounding",
     type=click.Choice(ROUNDINGS),
-    help="To the nearest 16-bit number, or calibrated: so that the model's outputs change least.",
+    help="To the nearest 16-bit number or code, or calibrated: so that the model's outputs change least.",
 )
 @click.option(
     "--calibrate",
