@@ -166,6 +166,8 @@ class Entry:
         optional: The model may lack this parameter (IA3 scales a bias if there is one): it is dropped then.
         alternatives: What the same tensors are where the file leaves open which parameter they are for; the shapes of
             the model's parameters decide between this entry and those.
+        covers: Names of the entries that the file has, where this one was made of them for a model that keeps the same
+            parameters in other pieces.
     """
 
     module: str
@@ -175,6 +177,7 @@ class Entry:
     fan_in_fan_out: bool | None = None
     optional: bool = False
     alternatives: tuple[Entry, ...] = ()
+    covers: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:

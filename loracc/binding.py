@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from loracc.errors import BindingError, InputError, LoraccError
 
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from loracc.formats import AdapterSpec
     from loracc.model import BaseModel
     from loracc.passes.bind_adapter import BindResult
+
+Bound = TypeVar("Bound")
 
 __all__ = ["bind_adapters", "bind_each", "bind_each_by_content", "raise_adapters", "read_adapters"]
 
@@ -67,7 +69,7 @@ def bind_adapters(
     allow_unmatched: bool,
     original: str | os.PathLike[str] | None = None,
 ) -> tuple[BaseModel, BindResult]:
-    """Bind, by a checkpoint's own names or, where those do not fit, by what transformers makes of them.
+    """Bind, by a model's own names or, where those do not fit, by the other ones that transformers knows for them.
 
     Args:
         original: The checkpoint that the graph was made of (``--base``): weights that lost their names are found by
@@ -82,10 +84,29 @@ def bind_adapters(
     try:
         return model, bind(model, adapters, maps=maps)
     except BindingError:
-        from loracc.sources.hf_names import with_module_names
+        return _by_other_names(
+            model, lambda named, allow: bind(named, adapters, maps=maps, allow_unmatched=allow), allow_unmatched
+        )
 
-        model = (None if model.traced else with_module_names(model)) or model
-        return model, bind(model, adapters, maps=maps, allow_unmatched=allow_unmatched)
+
+def _by_other_names(
+    model: BaseModel, binder: Callable[[BaseModel, bool], Bound], allow_unmatched: bool
+) -> tuple[BaseModel, Bound]:
+    """What does not bind by a model's own names, by the other ones that transformers knows for its weights.
+
+    Where neither fits, the error speaks of a graph's own names, and of a checkpoint's other ones: of module paths.
+    """
+    from loracc.sources.hf_names import with_other_names
+
+    other = with_other_names(model)
+    if other is None:
+        return model, binder(model, allow_unmatched)
+    if not model.traced:
+        return other, binder(other, allow_unmatched)
+    try:
+        return other, binder(other, False)
+    except BindingError:
+        return model, binder(model, allow_unmatched)
 
 
 def bind_each_by_content(
@@ -97,7 +118,10 @@ def bind_each_by_content(
 ) -> tuple[BaseModel, list[BindResult]]:
     """:func:`bind_each`, with the names that the original checkpoint has for the graph's weights, where it is given."""
     if original is None:
-        return model, bind_each(model, adapters, maps, allow_unmatched)
+        try:
+            return model, bind_each(model, adapters, maps, False)
+        except BindingError:
+            return _by_other_names(model, lambda named, allow: bind_each(named, adapters, maps, allow), allow_unmatched)
     from loracc.content import with_base
 
     def once(named: BaseModel, explain: Callable[[str], str], allow: bool) -> list[BindResult]:

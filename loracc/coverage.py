@@ -49,7 +49,7 @@ def coverage_of(
     """
     if not adapters:
         return Coverage("skipped", "the deltas were found in the graph")
-    bound = {(binding.adapter, binding.key) for binding in bindings}
+    bound = {(binding.adapter, name) for binding in bindings for name in (binding.key, *binding.covers)}
     lost: list[str] = []
     tensors: set[tuple[str, str]] = set()
     consumed: set[tuple[str, str]] = set()

@@ -45,6 +45,7 @@ class Binding:
         adapter: Name of the adapter it comes from.
         key: The adapter's own name for it (``module.parameter``).
         way: How the key found its site: "recorded", "name", "scope", "content", "map", "graph".
+        covers: The adapter's own names for it, where it was taken apart or put together (``Entry.covers``).
     """
 
     site: Site
@@ -52,6 +53,7 @@ class Binding:
     adapter: str
     key: str
     way: str
+    covers: tuple[str, ...] = ()
 
 
 def annotate(model: ir.Model, bindings: Sequence[Binding]) -> None:

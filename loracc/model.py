@@ -10,7 +10,7 @@ from typing import Any
 import onnx_ir as ir
 
 from loracc.dtypes import Array
-from loracc.sites import SiteTable
+from loracc.sites import ExpertStack, SiteTable
 
 __all__ = ["BaseModel", "LoadOptions"]
 
@@ -49,6 +49,7 @@ class BaseModel:
             "checkpoint".
         notes: What a user should know.
         elsewhere: Parameters of the model that this graph does not compute with: those of its other part.
+        stacks, spelled: See below.
     """
 
     path: Path
@@ -60,5 +61,9 @@ class BaseModel:
     origin: Any = None
     notes: tuple[str, ...] = ()
     elsewhere: frozenset[str] = frozenset()
+    #: Parameters of a graph that its checkpoint keeps in pieces, or of which a bare checkpoint has the pieces.
+    stacks: tuple[ExpertStack, ...] = ()
+    #: What the checkpoint calls a parameter of the graph, where that is another name.
+    spelled: Mapping[str, str] = field(default_factory=dict)
     #: Ranges that sampled integer inputs must respect, by input name: {"input_ids": (0, 30522)}.
     input_ranges: Mapping[str, tuple[int, int]] = field(default_factory=dict)

@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from loracc.dtypes import Array
 
-__all__ = ["SITES_KEY", "Layout", "Site", "SiteTable", "read_records", "write_records"]
+__all__ = ["SITES_KEY", "ExpertStack", "Layout", "Site", "SiteTable", "read_records", "write_records"]
 
 #: Where exports made by loracc keep their site records (``model.metadata_props``).
 SITES_KEY = "loracc.sites"
@@ -89,6 +89,36 @@ class Site:
     def name(self) -> str:
         """``module.parameter``, as in a state dict."""
         return f"{self.module}.{self.parameter}" if self.module else self.parameter
+
+
+@dataclass(frozen=True)
+class ExpertStack:
+    """One parameter of a model that its checkpoint keeps in pieces: experts along axis 0, and of each its parts' rows.
+
+    Attributes:
+        name: The parameter, e.g. "layers.0.mlp.experts.gate_up_proj"; its weight is ``[E, Σ rows, columns]``.
+        parts: The tensors of each expert, from the first row on: (("....0.w1.weight", "....0.w3.weight"), ...).
+        rows: How many rows each part of an expert has.
+        columns: How many columns all of them have.
+    """
+
+    name: str
+    parts: tuple[tuple[str, ...], ...]
+    rows: tuple[int, ...]
+    columns: int
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Of the parameter."""
+        return len(self.parts), sum(self.rows), self.columns
+
+    def places(self) -> Iterator[tuple[str, int, int, int]]:
+        """(tensor, its expert, its first row, the row after its last)."""
+        for expert, tensors in enumerate(self.parts):
+            start = 0
+            for tensor, rows in zip(tensors, self.rows, strict=True):
+                yield tensor, expert, start, start + rows
+                start += rows
 
 
 class SiteTable:

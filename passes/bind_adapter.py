@@ -3,7 +3,8 @@
 Per adapter:
 
 1. names: by ``--map``, exactly, or behind one prefix (:mod:`loracc.passes.match_names`); a format's own spelling of
-   module paths is looked up first (:mod:`loracc.passes.base_names`);
+   module paths is looked up first (:mod:`loracc.passes.base_names`), and deltas of experts are stacked or taken apart
+   as the model keeps them (:mod:`loracc.passes.expert_stacks`);
 2. of several sites with one name the better known wins: recorded, by name, by scope;
 3. raw expert parameters are told apart by their shapes (:mod:`loracc.passes.bind_experts`);
 4. shapes and orientation (:mod:`loracc.passes.fit_delta`);
@@ -28,10 +29,11 @@ from loracc.model import BaseModel
 from loracc.passes.base_names import with_base_names
 from loracc.passes.bind_experts import assign_experts
 from loracc.passes.decode_weights import undecoded
+from loracc.passes.expert_stacks import in_the_models_pieces
 from loracc.passes.fit_delta import Weight, check_weight, fit, is_transposed
 from loracc.passes.match_names import Matching, Rewriting, apply_maps, match_names, nearest, parse_maps
 from loracc.passes.tied_sites import tied_sites
-from loracc.sites import Site, SiteTable
+from loracc.sites import ExpertStack, Site, SiteTable
 
 __all__ = ["BindAdapterPass", "BindOptions", "BindResult", "bind", "maps_of", "refuse_unused_maps"]
 
@@ -49,6 +51,7 @@ class BindOptions:
         traced: The graph has the computation; False for a bare checkpoint.
         explain: What else is known of a name that no site has; "" for nothing.
         elsewhere: Names of parameters that the model has and this graph, one part of it, has not.
+        stacks: Parameters that the model has as one and its checkpoint in pieces, or the other way round.
     """
 
     maps: tuple[str, ...] = ()
@@ -56,6 +59,7 @@ class BindOptions:
     traced: bool = True
     explain: Callable[[str], str] | None = None
     elsewhere: frozenset[str] = frozenset()
+    stacks: tuple[ExpertStack, ...] = ()
 
 
 @dataclass
@@ -89,7 +93,7 @@ def bind(
         BindingError: Unmatched names, shapes that disagree, ambiguity, conflicts; all of them at once.
         UnsupportedError: A weight cannot take a delta.
     """
-    options = BindOptions(tuple(maps), allow_unmatched, model.traced, explain, model.elsewhere)
+    options = BindOptions(tuple(maps), allow_unmatched, model.traced, explain, model.elsewhere, model.stacks)
     total = BindResult()
     for value in model.ir.graph.initializers.values():
         clear_bindings(value)  # of a call that failed halfway
@@ -180,6 +184,7 @@ class _Binder:
             name: found for name, found in sites.by_name().items() if found[0].module or found[0].initializer == name
         }
         self.sites = tuple(sites)
+        self.adapter = in_the_models_pieces(self.adapter, options.stacks, self.table, self.maps)
         self.errors: list[LoraccError] = []
         self.result = BindResult()
         self.ways: dict[str, str] = {}
@@ -300,7 +305,7 @@ class _Binder:
             self.errors.append(error if named else type(error)(f"{entry.name}: {error.message}", hint=error.hint))
             return
         way = self.ways.get(entry.name, site.source)
-        self.result.bindings.append(Binding(site, delta, self.adapter.name, entry.name, way))
+        self.result.bindings.append(Binding(site, delta, self.adapter.name, entry.name, way, entry.covers))
 
     def _follow_ties(self) -> None:
         """What is meant for every module of a tied weight goes to the copies that an export made of it."""

@@ -14,9 +14,11 @@ import onnx_ir as ir
 from loracc.errors import InputError, UnsupportedError, require
 from loracc.model import BaseModel, LoadOptions
 from loracc.quiet import quiet
+from loracc.sites import ExpertStack
 from loracc.sources.checkpoint_files import read_config
 from loracc.sources.hf_cache import cache_layers, past_inputs, with_cache
 from loracc.sources.hf_inputs import TracedInput, decoder_inputs
+from loracc.sources.hf_loading import empty_model, loading_of
 from loracc.sources.hf_parts import becomes_part, check_part, part_inputs
 from loracc.sources.hf_tasks import Task, class_for, parse_task
 from loracc.sources.hf_weights import MappedWeights, read_weights
@@ -61,6 +63,7 @@ def load_huggingface(path: Path, options: LoadOptions) -> BaseModel:
     _refuse_missing(path, graph, built.missing)
     fixed = name_dimensions(graph, {traced.name: traced.symbols for traced in inputs})
     sites = trace_sites(graph, program.state_dict, tied_groups(program))
+    loading = loading_of(built.model, {name: tuple(tensor.shape) for name, tensor in weights.state.items()})
     return BaseModel(
         path=path,
         format="huggingface",
@@ -70,14 +73,17 @@ def load_huggingface(path: Path, options: LoadOptions) -> BaseModel:
         origin=program,
         notes=tuple(_notes(graph, built.unused, fixed)),
         sample_inputs={t.name: t.array for t in inputs} if options.inputs or options.inputs_file else {},
+        stacks=loading.stacks,
+        spelled=loading.spelled,
         input_ranges={traced.name: traced.range for traced in inputs if traced.range is not None},
     )
 
 
-def parameter_sources(path: Path) -> dict[str, str | None]:
+def parameter_sources(path: Path) -> tuple[dict[str, str | None], tuple[ExpertStack, ...]]:
     """For each parameter of the folder's model, by module path, the checkpoint's tensor that it is, bit for bit.
 
-    None where transformers computes it from several. A tied parameter appears under each of its names.
+    None where transformers computes it from several; those that it stacks are told too. A tied parameter appears under
+    each of its names.
 
     Raises:
         InputError, UnsupportedError: The model cannot be built.
@@ -85,10 +91,14 @@ def parameter_sources(path: Path) -> dict[str, str | None]:
     with _transformers_quiet():
         model_class, config = _model_class(path)
         weights = read_weights(path)
+        shapes = {name: tuple(tensor.shape) for name, tensor in weights.state.items()}
+        loading = loading_of(empty_model(model_class, config), shapes)
+        if loading.stacks:  # then the model is not built: it would stack all experts in memory
+            return loading.sources, loading.stacks
         built = _build(path, model_class, config, weights)
         named = built.model.named_parameters(remove_duplicate=False)
         found = {name: weights.lazy(parameter) for name, parameter in named if name not in built.missing}
-    return {name: tensor.name if tensor is not None else None for name, tensor in found.items()}
+    return {name: tensor.name if tensor is not None else None for name, tensor in found.items()}, ()
 
 
 def _model_class(path: Path) -> tuple[Any, Any]:
