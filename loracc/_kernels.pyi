@@ -2,9 +2,10 @@
 
 from loracc.dtypes import Array
 
-def width(dtype: str, /) -> int: ...
+def width(stored: str, sums: str, /) -> int: ...
 def fold(
-    dtype: str,
+    stored: str,
+    sums: str,
     weight: Array,
     offset: int,
     rows: int,

@@ -19,13 +19,10 @@ except ImportError:  # not built: an optional part
 
 __all__ = ["Product", "has_kernel"]
 
-#: Dtypes of the weights that the kernel folds, and of the sums it forms.
-_SUMS = {"bfloat16": np.dtype(np.float32), "float32": np.dtype(np.float64)}
-
 
 def has_kernel(stored: np.dtype[np.generic], sums: np.dtype[np.generic]) -> bool:
     """Whether weights of dtype ``stored`` with sums of dtype ``sums`` can be folded by the kernel here."""
-    return _kernels is not None and _SUMS.get(stored.name) == sums and _kernels.width(stored.name) > 0
+    return _kernels is not None and _kernels.width(stored.name, sums.name) > 0
 
 
 class Product:
@@ -44,9 +41,9 @@ class Product:
     def __init__(self, left: Array, right: Array, row: int, column: int, dtype: np.dtype[np.generic]) -> None:
         self.rows = range(row, row + left.shape[0])
         self.columns = range(column, column + right.shape[1])
-        self._dtype = dtype.name
+        self._dtypes = dtype.name, left.dtype.name
         self._left = np.ascontiguousarray(left)
-        self._packed = _packed(right, _kernels.width(dtype.name))
+        self._packed = _packed(right, _kernels.width(*self._dtypes))
 
     def add_to(self, tile: Array, lo: int) -> bool:
         """Fold into the stored rows from ``lo`` on, in place; ``tile`` is ``[rows, columns]`` and C-contiguous.
@@ -61,7 +58,15 @@ class Product:
         offset = (first - lo) * stride + self.columns.start
         rank = left.shape[1]
         return _kernels.fold(
-            self._dtype, tile.view(np.uint8), offset, last - first, len(self.columns), stride, left, self._packed, rank
+            *self._dtypes,
+            tile.view(np.uint8),
+            offset,
+            last - first,
+            len(self.columns),
+            stride,
+            left,
+            self._packed,
+            rank,
         )
 
 

@@ -85,7 +85,6 @@ def fold(
         LoraccError: The input or the call is wrong (exit code 2 of the command line).
         CheckFailed: What was written is not what was asked for; nothing was moved into place (exit code 1).
     """
-    from loracc.calibrate import check_folds
     from loracc.formats import parse_adapter_spec
     from loracc.job import Job
     from loracc.reports.report_files import check_reports
@@ -114,6 +113,8 @@ def fold(
 
         lowered = lower_again(loaded)
         if spec is not None:
+            from loracc.calibrate import check_folds
+
             check_folds(lowered.model.ir)
         found = lowered.bound.bindings
         with saved_adapter(save_adapter, lowered.base, found, inputs, force=force, dry_run=dry_run):

@@ -28,7 +28,7 @@ from loracc.model import BaseModel, LoadOptions
 from loracc.passes.encode_weights import encoded
 from loracc.targets.checkpoint import RECORD_FILE, RECORD_KEY
 from loracc.targets.onnx_file import stamp
-from loracc.tensors import dims, read_rows, tile_rows
+from loracc.tensors import dims, open_rows, tile_rows
 
 __all__ = [
     "FILE",
@@ -229,7 +229,11 @@ def _parts(tensor: ir.TensorProtocol, *, whole: bool) -> Iterator[Any]:
         spans = [(lo, min(lo + step, shape[0])) for lo in range(0, shape[0], step)]
     else:
         step = tile_rows(shape, itemsize, _RUN_BYTES)
-        starts = np.unique(np.linspace(0, shape[0] - step, _RUNS).astype(int))
-        spans = [(int(lo), int(lo) + step) for lo in starts]
-    for lo, hi in spans:
-        yield np.ascontiguousarray(read_rows(tensor, lo, hi)).view(np.uint8).data
+        starts = {int(lo) for lo in np.linspace(0, shape[0] - step, _RUNS)}  # np.unique would import numpy.ma
+        spans = [(lo, lo + step) for lo in sorted(starts)]
+    buffer = np.empty((min(step, shape[0]), *shape[1:]), tensor.dtype.numpy())
+    with open_rows(tensor, few=True) as rows:
+        for lo, hi in spans:
+            part = buffer[: hi - lo]
+            rows.fill(lo, hi, part)
+            yield part.view(np.uint8).data

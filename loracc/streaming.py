@@ -13,6 +13,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,14 +24,17 @@ import onnx_ir as ir
 from loracc.blas import one_blas_thread
 from loracc.dtypes import Array
 from loracc.errors import InputError
+from loracc.file_space import reserve
 from loracc.folded import block_rows
 from loracc.progress import NoProgress, Progress
 from loracc.tensors import TILE_BYTES, dims, open_rows, tile_rows
 
 __all__ = ["OutputFile", "Segment", "default_workers", "write_files"]
 
-#: Bytes of one kernel copy: a Ctrl-C waits for no more than this, and workers share a large tensor.
-_COPY_BYTES = 32 << 20
+#: Bytes of one kernel copy: a Ctrl-C waits for no more than this, nor do other writers of the file.
+_COPY_BYTES = 8 << 20
+#: Computed tiles that a worker holds back while another writes to the file.
+_HELD_TILES = 4
 #: Stored bytes of a computed tensor that one worker takes at a time.
 _SHARE_BYTES = 32 << 20
 #: Why a kernel may refuse copy_file_range or sendfile between these two files: then the next way is tried.
@@ -103,6 +107,7 @@ def _create(file: OutputFile) -> None:
     with open(file.path, "wb") as out:
         out.write(file.head)
         out.truncate(file.size)
+        reserve(out.fileno(), file.size)
 
 
 # ---------------------------------------------------------------------------------------------------------------- jobs
@@ -215,6 +220,7 @@ class _Pool:
     def __init__(self, jobs: Sequence[_Job], progress: Progress, tile_bytes: int) -> None:
         self._jobs = iter(jobs)
         self._lock = threading.Lock()
+        self._files: defaultdict[Path, threading.Lock] = defaultdict(threading.Lock)
         self._stop = threading.Event()
         self._errors: list[BaseException] = []
         self._progress = progress
@@ -249,21 +255,27 @@ class _Pool:
             while not self._stop.is_set():
                 with self._lock:
                     job = next(self._jobs, None)
+                    lock = None if job is None or isinstance(job, _Call) else self._files[job.path]
                 if job is None:
                     return
-                worker.do(job)
+                worker.do(job, lock)
         finally:
             worker.close()
 
 
 class _Worker:
-    """One worker's buffer and open output file."""
+    """One worker's buffers and open output file.
+
+    The kernel lets one writer into a file at a time, and the others wait on a core of their own. So a worker asks
+    first, and goes on computing while another writes, for as many tiles as it has buffers.
+    """
 
     def __init__(self, progress: Progress, tile_bytes: int, stop: threading.Event) -> None:
         self._progress = progress
         self._tile_bytes = tile_bytes
         self._stop = stop
-        self._buffer = np.empty(0, np.uint8)
+        self._buffers = [np.empty(0, np.uint8)] * _HELD_TILES
+        self._held: list[tuple[Array, int]] = []
         self._path: Path | None = None
         self._fd = -1
 
@@ -272,18 +284,24 @@ class _Worker:
             os.close(self._fd)
             self._path = None
 
-    def do(self, job: _Job) -> None:
-        if isinstance(job, _Call):
+    def do(self, job: _Job, lock: threading.Lock | None) -> None:
+        """Do a job; ``lock`` is that of the file it writes to."""
+        if isinstance(job, _Call) or lock is None:
+            assert isinstance(job, _Call)
             job.do()
             return
         self._open(job.path)
         if isinstance(job, _Copy):
-            self._copy(job)
+            with lock:
+                self._copy(job)
         elif job.tensor.dtype.bitwidth < 8 or not dims(job.tensor):
-            self._write(job.tensor.tobytes(), job.offset)
-            self._progress.advance(job.nbytes, job.name)
+            data = job.tensor.tobytes()
+            with lock:
+                self._write(data, job.offset)
         else:
-            self._compute(job)
+            self._compute(job, lock)
+            return
+        self._progress.advance(job.nbytes, job.name)
 
     def _open(self, path: Path) -> None:
         if path != self._path:
@@ -302,7 +320,6 @@ class _Worker:
                 raise _truncated(job.source, job.name)
         finally:
             os.close(source)
-        self._progress.advance(job.nbytes, job.name)
 
     def _read_write(self, source: int, source_offset: int, target: int, offset: int, count: int) -> int:
         view = self._room(min(count, self._tile_bytes)).data
@@ -315,7 +332,7 @@ class _Worker:
             done += got
         return done
 
-    def _compute(self, job: _Compute) -> None:
+    def _compute(self, job: _Compute, lock: threading.Lock) -> None:
         tensor, shape = job.tensor, dims(job.tensor)
         dtype = tensor.dtype.numpy()
         row_bytes = job.nbytes // (job.hi - job.lo)
@@ -328,14 +345,26 @@ class _Worker:
                 hi = min(lo + step, job.hi)
                 tile = self._room((hi - lo) * row_bytes)
                 rows.fill(lo, hi, tile.view(dtype).reshape(hi - lo, *shape[1:]))
-                self._write(tile.data, job.offset + (lo - job.lo) * row_bytes)
+                self._held.append((tile, job.offset + (lo - job.lo) * row_bytes))
+                self._write_held(lock, wait=hi == job.hi or len(self._held) == len(self._buffers))
                 self._progress.advance(tile.nbytes, job.name)
 
+    def _write_held(self, lock: threading.Lock, *, wait: bool) -> None:
+        """Write the tiles that are held, unless another writes to the file and there is no need to wait."""
+        if lock.acquire(blocking=wait):
+            try:
+                for tile, offset in self._held:
+                    self._write(tile.data, offset)
+            finally:
+                lock.release()
+            self._held.clear()
+
     def _room(self, nbytes: int) -> Array:
-        """That many bytes of this worker's buffer."""
-        if self._buffer.nbytes < nbytes:
-            self._buffer = np.empty(nbytes, np.uint8)
-        return self._buffer[:nbytes]
+        """That many bytes of a buffer that holds nothing."""
+        index = len(self._held)
+        if self._buffers[index].nbytes < nbytes:
+            self._buffers[index] = np.empty(nbytes, np.uint8)
+        return self._buffers[index][:nbytes]
 
     def _write(self, data: bytes | memoryview, offset: int) -> None:
         view = memoryview(data)

@@ -21,6 +21,7 @@ from loracc.adapter import Delta
 from loracc.deltas import Addition, DoRA, LowRank, Replacement
 from loracc.dtypes import Array
 from loracc.errors import InputError, NumericsError
+from loracc.file_space import reserve
 from loracc.folded import Binding, FoldedTensor
 from loracc.sites import Layout, Site
 from loracc.streaming import OutputFile, Segment, write_files
@@ -271,3 +272,13 @@ def test_a_kind_that_forms_its_change_whole_forms_it_once(tmp_path: Path) -> Non
     assert Counting.made == 1
     exact = weight(ir.DataType.FLOAT).astype(np.float64) + 0.5 * extra.astype(np.float64)
     assert (result == exact.astype(np.float32)).all()
+
+
+def test_reserved_space_is_zeros_of_the_size_asked_for(tmp_path: Path) -> None:
+    with open(tmp_path / "out", "wb+") as file:
+        file.truncate(10_000)
+        reserve(file.fileno(), 10_000)
+        assert file.read() == bytes(10_000)
+    with open(tmp_path / "out", "rb") as read_only:
+        reserve(read_only.fileno(), 20_000)  # refused by the system: no more than a hint
+    assert (tmp_path / "out").stat().st_size == 10_000

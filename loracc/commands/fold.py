@@ -74,15 +74,17 @@ ADAPTER is a file or a folder, optionally NAME=PATH to name it and PATH@0.7 for 
 @output_options
 def fold(model: str, adapters: tuple[str, ...], output: str, as_json: bool, quiet: bool, **values: Any) -> None:
     """Fold ADAPTERs, or the LoRA found in the graph, into MODEL's weights and export."""
-    from loracc import pipeline, report
+    from loracc import pipeline
     from loracc.progress import progress_for
 
-    out = console(as_json=as_json, quiet=quiet)
     values["verify"] = not values.pop("no_verify")
     with progress_for(quiet=quiet) as progress:
         result = pipeline.fold(model, adapters, output, progress=progress, **values)
-    report.print_fold(result, out)
-    if result.unmatched and quiet:
+    if not quiet:
+        from loracc.report import print_fold
+
+        print_fold(result, console(as_json=as_json, quiet=quiet))
+    elif result.unmatched:
         click.echo(f"loracc: warning: keys that fit nowhere were left out: {', '.join(result.unmatched)}", err=True)
     announce("fold", result.to_json(), output, as_json=as_json)
     if as_json:

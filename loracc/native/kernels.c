@@ -13,13 +13,28 @@
 
 typedef int (*fold_fn)(void *, ptrdiff_t, ptrdiff_t, ptrdiff_t, const void *, const void *, ptrdiff_t);
 
-/* One dtype on this processor: columns of a packed panel (0: there is no kernel), and bytes of the elements. */
+/* Two dtypes on this processor: their names, columns of a packed panel (0: there is no kernel), bytes of an element. */
 typedef struct {
-    int width, stored, sum;
+    const char *stored, *sums;
+    int stored_bytes, sum_bytes, width;
     fold_fn fold;
 } kernel;
 
-static kernel bf16 = {0, 2, 4, NULL}, f32 = {0, 4, 8, NULL};
+static kernel kernels[] = {
+    {"bfloat16", "float32", 2, 4, 0, NULL},
+    {"bfloat16", "float64", 2, 8, 0, NULL},
+    {"float16", "float64", 2, 8, 0, NULL},
+    {"float32", "float64", 4, 8, 0, NULL},
+};
+enum { BF16_FP32, BF16_FP64, FP16_FP64, FP32_FP64, KERNELS };
+
+static kernel *find(const char *stored, const char *sums)
+{
+    for (int i = 0; i < KERNELS; i++)
+        if (strcmp(kernels[i].stored, stored) == 0 && strcmp(kernels[i].sums, sums) == 0)
+            return kernels[i].width ? &kernels[i] : NULL;
+    return NULL;
+}
 
 #if defined(__GNUC__) && (defined(__x86_64__) || defined(__aarch64__))
 
@@ -28,21 +43,24 @@ static kernel bf16 = {0, 2, 4, NULL}, f32 = {0, 4, 8, NULL};
 #define NAME(x) CAT(x, INSTANCE)
 /* Every loop over the sums of a strip: they are registers only if no index is left at run time. */
 #define UNROLL _Pragma("GCC unroll 8")
-#define USE(kernel, instance) (kernel.width = width_##instance, kernel.fold = fold_##instance)
+#define BF16 1
+#define FP16 2
+#define FP32 3
+#define FP64 4
+#define USE(kind, instance) (kernels[kind].width = width_##instance, kernels[kind].fold = fold_##instance)
+#define USE_ALL(isa) \
+    (USE(BF16_FP32, isa##_bf16), USE(BF16_FP64, isa##_bf16_exact), USE(FP16_FP64, isa##_fp16), USE(FP32_FP64, isa##_fp32))
 
 #ifdef __x86_64__
 
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")))
+#define ISA(x) avx512_##x
 #define VECTOR 64
 #define ROWS 6
 #define VECS 4
-#define INSTANCE avx512_bf16
-#define BF16 1
-#include "fold.inc"
-#define INSTANCE avx512_f32
-#define BF16 0
-#include "fold.inc"
+#include "instances.inc"
 #undef TARGET
+#undef ISA
 #undef VECTOR
 #undef ROWS
 #undef VECS
@@ -61,12 +79,8 @@ static kernel bf16 = {0, 2, 4, NULL}, f32 = {0, 4, 8, NULL};
 
 #endif
 
-#define INSTANCE plain_bf16
-#define BF16 1
-#include "fold.inc"
-#define INSTANCE plain_f32
-#define BF16 0
-#include "fold.inc"
+#define ISA(x) plain_##x
+#include "instances.inc"
 
 static void choose(void)
 {
@@ -76,13 +90,11 @@ static void choose(void)
         return;
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512vl")) {
-        USE(bf16, avx512_bf16);
-        USE(f32, avx512_f32);
+        USE_ALL(avx512);
         return;
     }
 #endif
-    USE(bf16, plain_bf16);
-    USE(f32, plain_f32);
+    USE_ALL(plain);
 }
 
 #else
@@ -91,41 +103,40 @@ static void choose(void) {}
 
 #endif
 
-static int is_bf16(const char *name) { return strcmp(name, "bfloat16") == 0; }
-
-/* width(dtype) -> columns of a panel of the right factor, 0 where there is no kernel. */
+/* width(stored, sums) -> columns of a panel of the right factor, 0 where there is no kernel. */
 static PyObject *width(PyObject *self, PyObject *arguments)
 {
-    const char *name;
-    if (!PyArg_ParseTuple(arguments, "s", &name))
+    const char *stored, *sums;
+    if (!PyArg_ParseTuple(arguments, "ss", &stored, &sums))
         return NULL;
-    return PyLong_FromLong(is_bf16(name) ? bf16.width : strcmp(name, "float32") == 0 ? f32.width : 0);
+    const kernel *with = find(stored, sums);
+    return PyLong_FromLong(with ? with->width : 0);
 }
 
-/* fold(dtype, weight, offset, rows, columns, stride, left, packed, rank) -> whether every result is finite. */
+/* fold(stored, sums, weight, offset, rows, columns, stride, left, packed, rank) -> whether every result is finite. */
 static PyObject *fold(PyObject *self, PyObject *arguments)
 {
-    const char *name;
+    const char *stored, *sums;
     Py_buffer weight, left, packed;
     Py_ssize_t offset, rows, columns, stride, rank;
-    if (!PyArg_ParseTuple(arguments, "sw*nnnny*y*n", &name, &weight, &offset, &rows, &columns, &stride, &left, &packed,
-                          &rank))
+    if (!PyArg_ParseTuple(arguments, "ssw*nnnny*y*n", &stored, &sums, &weight, &offset, &rows, &columns, &stride, &left,
+                          &packed, &rank))
         return NULL;
-    const kernel *with = is_bf16(name) ? &bf16 : &f32;
+    const kernel *with = find(stored, sums);
     int finite = -1;
-    if (with->width == 0)
+    if (!with)
         PyErr_SetString(PyExc_RuntimeError, "no kernel on this processor");
     else if (offset < 0 || rows < 0 || columns < 0 || rank < 0 || stride < columns)
         PyErr_SetString(PyExc_ValueError, "negative sizes, or rows that overlap");
-    else if (rows > 0 && weight.len / with->stored < offset + (rows - 1) * stride + columns)
+    else if (rows > 0 && weight.len / with->stored_bytes < offset + (rows - 1) * stride + columns)
         PyErr_SetString(PyExc_ValueError, "the weight's buffer is too short");
-    else if (left.len != rows * rank * with->sum)
+    else if (left.len != rows * rank * with->sum_bytes)
         PyErr_SetString(PyExc_ValueError, "the left factor's buffer has another length");
-    else if (packed.len != (columns + with->width - 1) / with->width * with->width * rank * with->sum)
+    else if (packed.len != (columns + with->width - 1) / with->width * with->width * rank * with->sum_bytes)
         PyErr_SetString(PyExc_ValueError, "the packed factor's buffer has another length");
     else {
         Py_BEGIN_ALLOW_THREADS
-        finite = with->fold((char *)weight.buf + offset * with->stored, rows, columns, stride, left.buf, packed.buf,
+        finite = with->fold((char *)weight.buf + offset * with->stored_bytes, rows, columns, stride, left.buf, packed.buf,
                             rank);
         Py_END_ALLOW_THREADS
     }
@@ -136,7 +147,7 @@ static PyObject *fold(PyObject *self, PyObject *arguments)
 }
 
 static PyMethodDef methods[] = {
-    {"width", width, METH_VARARGS, "Columns of a panel of the right factor, by dtype; 0 where there is no kernel."},
+    {"width", width, METH_VARARGS, "Columns of a panel of the right factor, by dtypes; 0 where there is no kernel."},
     {"fold", fold, METH_VARARGS, "weight += left @ right in place, rounded once; whether every result is finite."},
     {NULL, NULL, 0, NULL},
 };

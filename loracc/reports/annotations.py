@@ -16,16 +16,11 @@ from loracc.report_words import CHECKS, evidence, flip
 from loracc.reports.junit import failed_sites
 from loracc.reports.report_markdown import report_text
 
-__all__ = ["annotation_lines", "in_github_actions", "write_summary"]
+__all__ = ["annotation_lines", "write_summary"]
 
 _LEVELS = {"fail": "error", "inconclusive": "warning"}
 #: The runner keeps ten errors a step.
 _SITES = 6
-
-
-def in_github_actions(environment: Mapping[str, str] | None = None) -> bool:
-    """Whether a runner reads our output."""
-    return (os.environ if environment is None else environment).get("GITHUB_ACTIONS") == "true"
 
 
 def annotation_lines(judged: dict[str, Any], output: str) -> Iterator[str]:
