@@ -60,8 +60,10 @@ def round_with_feedback(
     order = np.argsort(-np.diag(system), kind="stable")
     system = system[np.ix_(order, order)]
     # The rows of U behind the diagonal say how a column's error is made good by the later ones: H⁻¹ = UᵀU.
-    factor = np.linalg.cholesky(np.linalg.inv(system)).T.astype(exact.dtype)
-    system = system.astype(exact.dtype)
+    inverse = np.linalg.inv(system)
+    system = system.astype(exact.dtype)  # float64 squares are what memory goes on: none is kept longer than it must be
+    factor = np.linalg.cholesky(inverse).T.astype(exact.dtype)
+    del inverse
     result = np.empty_like(exact)
     for lo in range(0, len(exact), _ROWS):
         columns = np.ascontiguousarray(exact[lo : lo + _ROWS].T[order])

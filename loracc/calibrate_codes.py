@@ -9,9 +9,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,7 @@ import numpy as np
 from loracc.algebra_feedback import Nearest
 from loracc.algebra_strength import restore_strength
 from loracc.calibrate_scales import owned, shrunk, taken
-from loracc.calibrate_weight import MARGIN, CalibrateOptions, by_layout, clearly, with_feedback
+from loracc.calibrate_weight import MARGIN, CalibrateOptions, by_layout, judged, with_feedback
 from loracc.calibrated import Gain
 from loracc.calibrated_codes import CalibratedCodes
 from loracc.dtypes import Array
@@ -56,7 +55,7 @@ def round_codes(
     for layout, names in layouts.items():
         own = owned(whole.settled.grid.blocks, layout)
         site = _Site.of(whole, layout, better if own is not None else grid)
-        codes, gain = site.choose(fit, held_out, options)
+        codes, gain = site.choose(fit.of(layout), held_out.of(layout), options)
         gains |= dict.fromkeys(names, gain)
         if gain.used:
             layout.view(whole.codes)[...] = codes
@@ -129,17 +128,8 @@ class _Site:
         values = with_feedback(self.exact.astype(dtype), fit, self._nearest(dtype), options)
         codes = self._codes(values)
         self._at_strength(codes, fit)
-        errors = self._error(held_out, self.before, self.codes), self._error(held_out, self.grid, codes)
-        power = held_out.output_power(self.exact) or 1.0
-        before, after = (math.sqrt(error / power) for error in errors)
-        used = after < clearly(held_out.rows) * before and not self._noise(codes).broken(margin=MARGIN)
-        return codes, Gain(before, after, used)
-
-    def _error(self, moments: Moments, grid: SiteGrid, codes: Array) -> float:
-        """Σ‖Q·x̃ − W·x‖²."""
-        return sum(
-            moments.output_error(grid.part(lo, hi).decode(codes[lo:hi]), self.exact[lo:hi]) for lo, hi in self._rows()
-        )
+        gain = judged(held_out, self.exact, self.before.decode(self.codes), self.grid.decode(codes))
+        return codes, gain if not gain.used else replace(gain, used=not self._noise(codes).broken(margin=MARGIN))
 
     def _rows(self) -> Iterator[tuple[int, int]]:
         for lo in range(0, len(self.exact), _ROWS):

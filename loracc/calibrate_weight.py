@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,7 @@ from loracc.sites import Layout
 from loracc.tensors import dims, read_rows
 from loracc.verify_calibrated import STEPS, Noise, furthest
 
-__all__ = ["MARGIN", "CalibrateOptions", "by_layout", "clearly", "round_weight", "with_feedback"]
+__all__ = ["MARGIN", "CalibrateOptions", "by_layout", "clearly", "judged", "round_weight", "with_feedback"]
 
 #: The promises are held with room to spare: the verifier's sums differ in their last bits.
 MARGIN = 0.9
@@ -31,14 +31,13 @@ class CalibrateOptions:
     Attributes:
         damping, sweeps: Of :func:`loracc.algebra_feedback.round_with_feedback`.
         correction: Which part of the error that the stages before left is taken back.
-        stages: At most so many stages; None is six, fewer for models above some hundred megabytes: each stage runs the
-            model twice.
+        ridge: As damping, for what is taken back: few samples say little of seldom directions.
     """
 
     damping: float = 0.03
     sweeps: int = 2
-    correction: float = 0.5
-    stages: int | None = None
+    correction: float = 1.0
+    ridge: float = 0.1
 
 
 def round_weight(
@@ -62,7 +61,8 @@ def round_weight(
     gains: dict[str, Gain] = {}
     for layout, names in by_layout(fold).items():
         before, matrix, nearest = (layout.view(values) for values in (original, exact, rounded))
-        chosen, gain = _choose(before, matrix, nearest, fit, held_out, fold.dtype, options)
+        here = fit.of(layout), held_out.of(layout)
+        chosen, gain = _choose(before, matrix, nearest, *here, fold.dtype, options)
         gains |= dict.fromkeys(names, gain)
         if gain.used:
             nearest[...] = chosen.astype(rounded.dtype)
@@ -100,14 +100,23 @@ def _choose(
 ) -> tuple[Array, Gain]:
     """One site's matrix ``[out, in]``, rounded with feedback, and whether that is better than to nearest."""
     grid = _grid(exact, dtype)
-    before = held_out.output_error(nearest, exact)
     chosen = with_feedback(exact, fit, grid, options)
-    after = held_out.output_error(chosen, exact)
+    gain = judged(held_out, exact, nearest, chosen)
+    broken = gain.used and Noise.of(original, exact, chosen, dtype).broken(dtype, margin=MARGIN)
+    return chosen, replace(gain, used=False) if broken else gain
+
+
+def judged(held_out: Moments, exact: Array, nearest: Array, chosen: Array) -> Gain:
+    """Whether a rounding is clearly better than to nearest.
+
+    What the layers before left, and no rounding takes back, is in both errors: of nearest's own part, enough must be
+    won.
+    """
+    before, after = held_out.output_error(nearest, exact), held_out.output_error(chosen, exact)
+    own = replace(held_out, cross=None, drift=0.0).output_error(nearest, exact)
+    used = after < before - (1.0 - clearly(held_out.rows) ** 2) * own
     power = held_out.output_power(exact) or 1.0
-    errors = math.sqrt(before / power), math.sqrt(after / power)
-    used = errors[1] < clearly(held_out.rows) * errors[0]
-    used = used and not Noise.of(original, exact, chosen, dtype).broken(dtype, margin=MARGIN)
-    return chosen, Gain(*errors, used)
+    return Gain(math.sqrt(before / power), math.sqrt(after / power), used)
 
 
 def clearly(rows: int) -> float:
@@ -127,10 +136,10 @@ def with_feedback(exact: Array, moments: Moments, grid: Nearest, options: Calibr
 
 
 def _corrected(exact: Array, moments: Moments, options: CalibrateOptions) -> Array:
-    """W + c·W·Kᵀ·C⁻¹: what is best for x̃ in place of x, in the directions that the inputs have."""
-    if not options.correction or not moments.cross.any():
+    """W + c·(C⁻¹·K)ᵀ: what takes δ back best, in the directions that the inputs have."""
+    if not options.correction or moments.cross is None or not moments.cross.any():
         return exact
     system = moments.own.copy()
-    system[np.diag_indices(len(system))] += max(options.damping, 1e-6) * float(np.diag(system).mean())
-    shift = options.correction * np.linalg.solve(system, moments.cross)  # C⁻¹·K, transposed below
-    return exact + exact @ shift.T.astype(exact.dtype)
+    system[np.diag_indices(len(system))] += max(options.ridge, 1e-6) * float(np.diag(system).mean())
+    shift = options.correction * np.linalg.solve(system, moments.cross)
+    return exact + shift.T.astype(exact.dtype)

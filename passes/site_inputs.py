@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-__all__ = ["SiteInput", "site_inputs"]
+__all__ = ["SiteInput", "readers", "site_inputs"]
 
 _STEPS = ("Transpose", "Identity", "Cast")
 #: Fused operators that multiply input 0 with a weight ``[in, out]`` at this place.
@@ -44,19 +44,19 @@ def site_inputs(model: ir.Model, names: Collection[str]) -> dict[str, SiteInput]
         value = model.graph.initializers.get(name)
         if value is None or value.is_graph_output():
             continue
-        readers = list(_readers(value))
-        inputs = {_input_of(node, index) for node, index in readers}
+        reading = list(readers(value))
+        inputs = {_input_of(node, index) for node, index in reading}
         seen = inputs.pop() if len(inputs) == 1 else None
-        if seen is not None and all(node in places for node, _ in readers):
-            found.append((min(places[node] for node, _ in readers), name, seen))
+        if seen is not None and all(node in places for node, _ in reading):
+            found.append((min(places[node] for node, _ in reading), name, seen))
     return {name: seen for _, name, seen in sorted(found, key=lambda row: row[:2])}
 
 
-def _readers(value: ir.Value) -> Iterator[tuple[ir.Node, int]]:
+def readers(value: ir.Value) -> Iterator[tuple[ir.Node, int]]:
     """The operators that compute with a weight; steps that only pass it on are followed."""
     for node, index in value.uses():
         if node.op_type in _STEPS and node.domain == "":
-            yield from _readers(node.outputs[0])
+            yield from readers(node.outputs[0])
         else:
             yield node, index
 

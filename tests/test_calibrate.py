@@ -179,8 +179,8 @@ def test_a_program_is_refused(base: Path, adapter: Path, data: Path, tmp_path: P
 def test_no_room_is_said_before_anything_runs(
     base: Path, adapter: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("loracc.calibration_stages.available_memory", lambda: 1000)
-    with pytest.raises(InputError, match="GB of memory are free"):
+    monkeypatch.setattr("loracc.calibration_room.available_memory", lambda: 1000)
+    with pytest.raises(InputError, match="GB of memory for this model"):
         loracc.fold(base, [adapter], tmp_path / "out.onnx", dtype="bf16", calibrate=data)
 
 

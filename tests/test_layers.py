@@ -26,7 +26,7 @@ LAYERS = (
     ("tokenizing",),
     ("task_data",),
     ("verification", "verify.*", "bench_grid"),
-    ("second_moments", "calibration_data", "calibration_stages", "rounding_spec", "calibrate.*", "calibrated_fold"),
+    ("second_moments", "calibration.*", "rounding_spec", "calibrate.*", "calibrated_fold"),
     ("report.*", "reports.*", "bench_files", "inspection", "counting"),
     ("lower", "job", "estimate", "packed_factors", "manifest_check"),
     ("content",),
