@@ -140,10 +140,13 @@ def _norms(tensor: FoldedTensor) -> tuple[float | None, float | None]:
         totals = tensor.totals
         return math.sqrt(totals.change / totals.weight) if totals.weight else None, totals.survived
     weight = change = lost = 0.0
-    for original, exact, rounded in tensor.probe(_sampled_rows(tensor)):
-        weight += _squares(original)
-        change += _squares(exact - original)
-        lost += _squares(rounded.astype(exact.dtype) - exact)
+    with np.errstate(invalid="ignore", over="ignore"):  # what is not finite is refused when the tensor is written
+        for original, exact, rounded in tensor.probe(_sampled_rows(tensor)):
+            weight += _squares(original)
+            change += _squares(exact - original)
+            lost += _squares(rounded.astype(exact.dtype) - exact)
+    if not math.isfinite(weight + change + lost):
+        return None, None
     relative_norm = math.sqrt(change / weight) if weight else None
     survived = max(0.0, 1.0 - math.sqrt(lost / change)) if change else None
     return relative_norm, survived

@@ -179,7 +179,9 @@ class FoldedTensor(TiledTensor):
         raise NumericsError(
             f"folding {names}: the weight would hold inf or NaN in {self.dtype.name} "
             + ("(the base weight is finite)." if before.all() else "(the base weight itself already does)."),
-            hint="The adapter is too strong for this dtype, or damaged: check its scale, or fold with --dtype fp32.",
+            hint="The adapter is too strong for this dtype, or damaged: check its scale, or fold with --dtype fp32."
+            if before.all()
+            else "The base is damaged, or was saved after its training went wrong: fetch it again.",
         )
 
 

@@ -39,7 +39,7 @@ __all__ = [
 _INLINE_BYTES = 1 << 10
 #: What the runtime calls the devices.
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-_QUIET = 3  # errors only
+_QUIET = 4  # fatal: an error is an exception, which says the same
 
 
 class RunError(InputError):

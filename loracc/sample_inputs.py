@@ -7,6 +7,7 @@ padding at the end, equal symbols have equal sizes, and a size given as a sum ("
 from __future__ import annotations
 
 import ast
+import math
 import operator
 from collections.abc import Callable, Mapping
 
@@ -21,6 +22,8 @@ from loracc.model import BaseModel
 __all__ = ["check_inputs", "draw_inputs", "fed", "random_inputs", "vocabulary_limits"]
 
 BATCH, SEQUENCE = 2, 16
+#: Elements of one made-up input: more is a model that its author runs with inputs of his own.
+_LARGEST = 1 << 28
 #: Operators that pass indices on.
 _PASSING = ("Cast", "Identity", "Reshape", "Unsqueeze", "Squeeze", "Slice", "Flatten", "Transpose", "Expand")
 _ARITHMETIC: dict[type[ast.operator], Callable[[int, int], int]] = {
@@ -137,6 +140,11 @@ def _values(
     padded: bool = True,
 ) -> Array:
     """Random values of one input. A mask has padding at the end of its last row; positions count up."""
+    if math.prod(shape) > _LARGEST:
+        raise InputError(
+            f"input {name!r} {list(shape)} is too large to be made up ({math.prod(shape):,} elements).",
+            hint="Give --inputs FILE.npz.",
+        )
     kind = dtype.numpy()
     leaf = name.lower()
     if "mask" in leaf and not is_float(dtype):

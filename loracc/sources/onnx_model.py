@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from loracc.passes.lift_subgraph_weights import LiftSubgraphWeights
 from loracc.random_nodes import random_nodes
 from loracc.sites import SiteTable
 from loracc.sources.onnx_tensors import check_tensors
-from loracc.sources.onnx_wiring import check_wiring
+from loracc.sources.onnx_wiring import check_wiring, forget_negative_sizes, put_in_order
 from loracc.sources.user_inputs import given_inputs
 
 __all__ = ["load_onnx", "read_graph"]
@@ -108,6 +109,7 @@ def read_graph(path: Path) -> ir.Model:
         raise UnsupportedError(f"{path}: sparse initializer {name!r}; loracc reads dense weights only.")
     check_tensors(path, proto)
     check_wiring(path, proto)
+    forget_negative_sizes(proto)
     try:
         model = ir.serde.deserialize_model(proto)
     except Exception as error:  # a parser's boundary: onnx_ir wraps whatever a malformed graph trips
@@ -116,6 +118,7 @@ def read_graph(path: Path) -> ir.Model:
             f"{path}: an ONNX file whose graph cannot be read ({reason[0][:200]}).",
             hint="Check it with onnx.checker.check_model, and export it again.",
         ) from error
+    put_in_order(path, model)
     _name_nodes(model)
     _lift_weights(model)
     LiftSubgraphWeights()(model)
@@ -146,10 +149,12 @@ def _name_nodes(model: ir.Model) -> None:
     """
     taken = {node.name for node in model.graph.all_nodes()}
     seen: set[str | None] = set()
+    numbers: dict[str, Iterator[int]] = {}
     for node in model.graph.all_nodes():
         if not node.name or node.name in seen:
             base = node.name or f"node_{node.op_type}"
-            node.name = next(name for i in count(2) if (name := f"{base}_{i}") not in taken)
+            rest = numbers.setdefault(base, count(2))
+            node.name = next(name for i in rest if (name := f"{base}_{i}") not in taken)
             taken.add(node.name)
         seen.add(node.name)
 
