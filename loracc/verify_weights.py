@@ -7,15 +7,19 @@ to, must have the base's bytes.
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
 
+from loracc.blas import one_blas_thread
 from loracc.dtypes import Array, is_float, round_to, unit_roundoff
 from loracc.encodings.decoded import DecodedTensor
 from loracc.folded import Binding, FoldedTensor
+from loracc.parallel import in_order
 from loracc.passes.link_biases import linked_biases
 from loracc.passes.unshare import delta_digest
 from loracc.progress import NoProgress, Progress
@@ -24,7 +28,7 @@ from loracc.tensors import dims, read_rows, tile_rows
 from loracc.verdict import Weights, WeightSite
 from loracc.verify_calibrated import Noise, relative_tolerance
 from loracc.verify_encoded import check_encoded, same_parts
-from loracc.verify_oracle import half_ulp, oracle_slabs
+from loracc.verify_oracle import half_ulp, in_small_slabs, oracle_slabs
 from loracc.verify_structure import Pair
 
 __all__ = ["SLACK", "check_untouched", "check_weights", "required_share", "same_bytes"]
@@ -60,39 +64,62 @@ def check_weights(
     """
     progress = progress or NoProgress()
     ours, theirs = base.graph.initializers, out.graph.initializers
-    progress.begin("verifying", sum(_tensor(theirs[pair.out]).nbytes for pair in pairs))
-    sites: list[WeightSite] = []
-    changed: list[str] = []
-    untouched = effect = 0.0
     leaders = _leaders(base, out, pairs, bindings)
-    seen: set[int] = set()
-    for pair in pairs:
+    told = [(pair, _of_pair(pair, bindings)) for pair in pairs]
+    alone = threading.Lock()  # one weight that is needed whole, in float64, is in memory at a time
+
+    def compare(told: tuple[Pair, list[Binding]]) -> _Compared:
+        pair, here = told
         before, after = _tensor(ours[pair.base]), _tensor(theirs[pair.out])
-        here = _of_pair(pair, bindings)
-        leader = leaders.get(pair.base)
-        seen.update(map(id, here))
-        if not here and leader and isinstance(before, DecodedTensor) and isinstance(after, DecodedTensor):
-            site, _ = check_encoded(pair.out, before, after, (), leader)
-            changed += [pair.out] if site.reason else []
-        elif not here:
-            same = same_bytes(before, after)
-            untouched += same
-            changed += [] if same else [pair.out]
-        elif isinstance(before, DecodedTensor) and isinstance(after, DecodedTensor):
-            site, moved = check_encoded(pair.out, before, after, _once(here), leader, calibrated=calibrated)
-            sites.append(site)
-            effect = max(effect, moved)
-        elif not _comparable(before, after):
-            sites.append(_unlike(pair, here, before, after))
-        else:
-            chosen = calibrated and len(dims(after)) == 2
-            site, moved = _check_site(pair.out, before, after, _once(here), calibrated=chosen)
-            sites.append(site)
-            effect = max(effect, moved)
+        with nullcontext() if in_small_slabs([b.delta for b in here]) else alone:
+            compared = _compare(pair, before, after, here, leaders.get(pair.base), calibrated=calibrated)
         progress.advance(after.nbytes, pair.out)
-    progress.end()
+        return compared
+
+    progress.begin("verifying", sum(_tensor(theirs[pair.out]).nbytes for pair in pairs))
+    try:
+        with one_blas_thread():
+            compared = in_order(compare, told)
+    finally:
+        progress.end()
+    sites = [one.site for one in compared if one.site is not None]
+    changed = [pair.out for pair, one in zip(pairs, compared, strict=True) if one.changed]
+    untouched = sum(one.untouched for one in compared)
+    seen = {id(binding) for _, here in told for binding in here}
     missing = [binding.site.name for binding in bindings if id(binding) not in seen]
-    return _judge(sites, changed, int(untouched), missing, effect)
+    return _judge(sites, changed, untouched, missing, max((one.effect for one in compared), default=0.0))
+
+
+@dataclass(frozen=True)
+class _Compared:
+    """One initializer: a verdict on its deltas and ‖ΔW‖; where none is bound, whether it has the base's bytes."""
+
+    site: WeightSite | None = None
+    effect: float = 0.0
+    untouched: bool = False
+    changed: bool = False
+
+
+def _compare(
+    pair: Pair,
+    before: ir.TensorProtocol,
+    after: ir.TensorProtocol,
+    bindings: Sequence[Binding],
+    leader: tuple[DecodedTensor, DecodedTensor] | None,
+    *,
+    calibrated: bool,
+) -> _Compared:
+    encoded = isinstance(before, DecodedTensor) and isinstance(after, DecodedTensor)
+    if not bindings and not (leader and encoded):
+        same = same_bytes(before, after)
+        return _Compared(untouched=same, changed=not same)
+    if isinstance(before, DecodedTensor) and isinstance(after, DecodedTensor):
+        found = check_encoded(pair.out, before, after, _once(bindings), leader, calibrated=calibrated)
+        return _Compared(*found) if bindings else _Compared(changed=bool(found[0].reason))
+    if not _comparable(before, after):
+        return _Compared(_unlike(pair, bindings, before, after))
+    chosen = calibrated and len(dims(after)) == 2
+    return _Compared(*_check_site(pair.out, before, after, _once(bindings), calibrated=chosen))
 
 
 def check_untouched(base: ir.Model, out: ir.Model, pairs: Sequence[Pair]) -> Weights:

@@ -20,7 +20,7 @@ LAYERS = (
     ("folded", "requantized", "calibrated", "calibrated_codes", "facts"),
     ("model", "progress", "manifest", "slot_layout"),
     ("passes.*",),
-    ("sources.*", "formats.*", "streaming", "file_space", "staging"),
+    ("sources.*", "formats.*", "streaming", "file_space", "parallel", "staging"),
     ("targets.*",),
     ("runners.*", "device_clock", "timing.*", "verdict.*", "coverage", "provenance", "decoder_inputs", "sample_inputs"),
     ("tokenizing",),
