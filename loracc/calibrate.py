@@ -66,12 +66,14 @@ class Calibration:
         tensors: The calibrated folds by initializer; to be used while the scratch folder is there.
         nearest, calibrated: Relative error (L2) of all outputs on the held-out inputs, against the reference.
         notes: What the user should know.
+        inputs: Digest of what it was found on.
     """
 
     tensors: Mapping[str, Calibrated] = field(default_factory=dict)
     nearest: float | None = None
     calibrated: float | None = None
     notes: tuple[str, ...] = ()
+    inputs: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """Of ``fold --json``."""

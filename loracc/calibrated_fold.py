@@ -12,7 +12,7 @@ from typing import Any
 from loracc.calibrate import Calibrated, Calibration, calibrate
 from loracc.calibrated import CalibratedTensor
 from loracc.calibrated_codes import CalibratedCodes
-from loracc.calibration_data import calibration_batches
+from loracc.calibration_data import calibration_batches, digest_of
 from loracc.dtypes import Array, round_to
 from loracc.folded import FoldedTensor
 from loracc.model import BaseModel
@@ -43,7 +43,7 @@ def calibrated_model(
     batches = calibration_batches(traced, spec.path, spec.tokenizer, seed=spec.seed)
     with TemporaryDirectory(prefix="loracc-") as scratch:
         folder = Path(scratch)
-        found = calibrate(traced.ir, batches, folder, progress=progress)
+        found = replace(calibrate(traced.ir, batches, folder, progress=progress), inputs=digest_of(batches))
         if spec.path is None and found.tensors:
             note = "calibration: on made-up inputs; --calibrate FILE with real ones does better."
             found = replace(found, notes=(*found.notes, note))

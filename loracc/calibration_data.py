@@ -5,6 +5,8 @@ Every fourth batch is *held out*: it takes no part in the rounding, and decides 
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +22,7 @@ from loracc.sample_inputs import check_inputs, fed, random_inputs, vocabulary_li
 from loracc.sources.user_inputs import read_npz
 from loracc.tokenizing import read_lines, tokenizer_for
 
-__all__ = ["Batch", "calibration_batches"]
+__all__ = ["Batch", "calibration_batches", "digest_of"]
 
 _BATCH = 8
 #: At least this many batches, so that some can be held out.
@@ -28,6 +30,8 @@ _FEWEST = 4
 #: Longest text in tokens: attention's cost is quadratic, and the moments are sums over tokens.
 _LONGEST = 256
 _MADE_UP = 16
+#: A configuration's names for the number of positions.
+_POSITIONS = ("max_position_embeddings", "n_positions")
 #: More samples than these are thinned out evenly.
 _MOST = 512
 
@@ -68,6 +72,16 @@ def calibration_batches(model: BaseModel, path: Path | None, tokenizer: Path | N
             hint="Give more samples: a few hundred are good.",
         )
     return [Batch(inputs, index % _FEWEST == _FEWEST - 1) for index, inputs in enumerate(found)]
+
+
+def digest_of(batches: Sequence[Batch]) -> str:
+    """SHA-256 of all inputs: names, types, shapes, bytes, and what is held out."""
+    found = hashlib.sha256()
+    for batch in batches:
+        for name, array in sorted(batch.inputs.items()):
+            found.update(f"{name} {array.dtype.name} {array.shape} {batch.held_out};".encode())
+            found.update(np.ascontiguousarray(array).tobytes())
+    return found.hexdigest()
 
 
 def _is_zip(path: Path) -> bool:
@@ -135,7 +149,21 @@ def _from_text(model: BaseModel, path: Path, tokenizer: Path | None) -> list[Map
     wanted = fed(model.ir)
     length = _fixed_length(wanted)
     size = _fixed_batch(wanted) or min(_BATCH, max(1, len(lines) // _FEWEST))
-    return list(_tokenized(tokens, lines, wanted, size, length))
+    longest = min(int(tokens.model_max_length), _positions(tokenizer or model.path), _LONGEST)
+    return list(_tokenized(tokens, lines, wanted, size, length, longest))
+
+
+def _positions(path: Path) -> int:
+    """How many tokens the model takes, by the Hugging Face configuration beside it where there is one."""
+    config = (path if path.is_dir() else path.parent) / "config.json"
+    if not config.is_file():
+        return _LONGEST
+    try:
+        fields = json.loads(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{config}: cannot be read: {error}.") from error
+    found = [fields.get(name) for name in _POSITIONS] if isinstance(fields, dict) else []
+    return min((size for size in found if isinstance(size, int) and size > 0), default=_LONGEST)
 
 
 def _lines(path: Path) -> list[str]:
@@ -150,16 +178,15 @@ def _fixed_length(values: Sequence[ir.Value]) -> int | None:
 
 
 def _tokenized(
-    tokens: Any, lines: Sequence[str], wanted: Sequence[ir.Value], size: int, length: int | None
+    tokens: Any, lines: Sequence[str], wanted: Sequence[ir.Value], size: int, length: int | None, longest: int
 ) -> Iterator[Mapping[str, Array]]:
     # The base's own ids may be fewer than the tokenizer's; neighbours of like length waste little padding.
-    longest = length or min(int(tokens.model_max_length), _LONGEST)
     for lo in range(0, len(lines) - size + 1, size):
         encoded = tokens(
             list(lines[lo : lo + size]),
             padding="max_length" if length else True,
             truncation=True,
-            max_length=longest,
+            max_length=length or longest,
             return_attention_mask=True,
             return_tensors="np",
         )

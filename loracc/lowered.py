@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,8 +34,10 @@ class Lowered:
         model: What is to be written.
         bound: What was folded.
         raised_from: The graph that the deltas were found in, when no adapter was given.
-        record: Stamps a model with what it was made from: a look at every weight, so it is done beside the writing.
-        calibration: How the rounding was chosen; None where it is to nearest.
+        record: Stamps a model with what it was made from, and ``rounding``; a look at every weight, so it is done
+            beside the writing.
+        calibration: What came of choosing the rounding; None where that was not asked for.
+        rounding: What the record says of it; nothing where all is rounded to nearest, and is to be verified so.
     """
 
     original: BaseModel
@@ -43,8 +45,9 @@ class Lowered:
     model: BaseModel
     bound: BindResult
     raised_from: ir.Model | None
-    record: Callable[[ir.Model], None]
+    record: Callable[[ir.Model, Mapping[str, str]], None]
     calibration: Calibration | None = None
+    rounding: Mapping[str, str] = field(default_factory=dict)
 
 
 def lower_model(
@@ -81,8 +84,10 @@ def lower_model(
     lowered = lower(base, job.dtype)
     announce_provenance(lowered.ir)
 
-    def record(graph: ir.Model) -> None:
-        stamp_provenance(graph, Provenance.of(identify(model), adapters, bound.bindings, facts, previous))
+    def record(graph: ir.Model, rounding: Mapping[str, str]) -> None:
+        stamp_provenance(
+            graph, Provenance.of(identify(model), adapters, bound.bindings, {**facts, **rounding}, previous)
+        )
 
     return Lowered(model, base, lowered, bound, None if adapters else model.ir, record)
 
@@ -97,4 +102,5 @@ def rounded(lowered: Lowered, spec: RoundingSpec | None, job: Job, traced: Calla
 
     graph = lowered.model if lowered.model.traced else traced().model
     with calibrated_model(lowered.model, graph, spec, job.progress) as (model, found):
-        yield replace(lowered, model=model, calibration=found)
+        said = spec.said(found.inputs) if found.tensors else {}
+        yield replace(lowered, model=model, calibration=found, rounding=said)

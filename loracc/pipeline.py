@@ -106,7 +106,6 @@ def fold(
     with job.base(load(model, loading, graph=job.target.needs_graph)) as loaded:
         chosen = {"combine": combine, "density": density, "rank": rank, "seed": seed, "dtype": dtype}
         facts = said(loading, told, maps=maps, allow_unmatched=allow_unmatched, original=original, **chosen)
-        facts |= spec.said() if spec else {}
 
         def lower_again(model_: BaseModel) -> Lowered:
             return lower_model(model_, read, job, maps, allow_unmatched, original, facts)
@@ -165,7 +164,7 @@ def _write(lowered: Lowered, job: Job, inputs: Sequence[Path], *, force: bool, v
         plan = job.plan(lowered.model, stage.path)
         stage.expected_bytes = plan.nbytes
         facts = _facts(lowered)
-        plan.write(job.progress, also=[partial(lowered.record, lowered.model.ir), *facts.jobs()])
+        plan.write(job.progress, also=[partial(lowered.record, lowered.model.ir, lowered.rounding), *facts.jobs()])
         verification = _verify_staged(lowered, stage.path, job) if verify else None
         size = stage.size()
     return _result(lowered, job, facts, verification, stage.files, size)
@@ -177,9 +176,7 @@ def _verify_staged(lowered: Lowered, path: Path, job: Job) -> Verification:
     from loracc.verification import verify as judge
 
     made = load(path, {}, graph=job.target.needs_graph)
-    options = VerifyOptions(
-        dtype=job.dtype, raised_from=lowered.raised_from, calibrated=lowered.calibration is not None
-    )
+    options = VerifyOptions(dtype=job.dtype, raised_from=lowered.raised_from, calibrated=bool(lowered.rounding))
     result = judge(lowered.base, made, lowered.bound.bindings, options)
     if result.verdict == "fail":
         raise CheckFailed(

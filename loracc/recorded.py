@@ -172,7 +172,8 @@ class _Search:
     def result(self) -> tuple[Path, list[str], dict[str, Any]]:
         options = {key: tuple(v) if isinstance(v, list) else v for key, v in self.record.options.items()}
         options.pop("dtype", None)  # the output shows it
-        options.pop("calibration", None)  # how it was rounded is not what it was made from
+        for key in ("calibration", "calibration_inputs"):  # how it was rounded is not what it was made from
+            options.pop(key, None)
         missing = [] if self.base else [f"the base ({self.record.base.format}, {self.record.base.digest})"]
         if "original" in options:
             missing += [] if self.original else [f"the original checkpoint ({options['original']})"]

@@ -61,17 +61,24 @@ class RoundingSpec:
                 "calibrated rounding cannot be written as .pt2.", hint="Write an .onnx or a merged checkpoint."
             )
 
-    def said(self) -> dict[str, str]:
+    def said(self, inputs: str) -> dict[str, str]:
         """What an output's record says of it; a verification reads there that no element need be the nearest one.
+
+        Args:
+            inputs: Digest of what the model was fed, which depends on the tokenizer, too.
 
         Raises:
             InputError: The file cannot be read.
         """
         if self.path is None:
-            return {"rounding": "calibrated", "calibration": f"random inputs, seed {self.seed}"}
+            return self._said(f"random inputs, seed {self.seed}", inputs)
         try:
             with self.path.open("rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
             raise InputError(f"{self.path}: cannot be read: {error.strerror or error}.") from error
-        return {"rounding": "calibrated", "calibration": f"sha256:{digest}"}
+        return self._said(f"sha256:{digest}", inputs)
+
+    @staticmethod
+    def _said(data: str, inputs: str) -> dict[str, str]:
+        return {"rounding": "calibrated", "calibration": data, "calibration_inputs": f"sha256:{inputs}"}

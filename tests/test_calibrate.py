@@ -143,6 +143,15 @@ def test_what_does_not_help_is_given_up(base: Path, adapter: Path, tmp_path: Pat
     assert not any(row["gain"]["used"] for row in result.sites if "gain" in row)
     for name, values in weights(nearest).items():
         np.testing.assert_array_equal(weights(chosen)[name], values)
+    # ... and the record says no more than that: it is verified as strictly, and a neighbour of the nearest number fails.
+    model = onnx.load(chosen)
+    assert "calibrated" not in next(entry.value for entry in model.metadata_props if entry.key == "loracc.provenance")
+    tensor = next(t for t in model.graph.initializer if t.name == "one.weight")
+    bits = np.frombuffer(tensor.raw_data, np.uint16).copy()
+    bits[::2] ^= 1
+    tensor.raw_data = bits.tobytes()
+    onnx.save(model, chosen)
+    assert run(["verify", str(base), str(chosen), "--adapter", str(adapter), "--quiet"]) == 1
 
 
 @pytest.mark.parametrize(
