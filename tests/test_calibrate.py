@@ -143,7 +143,7 @@ def test_what_does_not_help_is_given_up(base: Path, adapter: Path, tmp_path: Pat
     assert not any(row["gain"]["used"] for row in result.sites if "gain" in row)
     for name, values in weights(nearest).items():
         np.testing.assert_array_equal(weights(chosen)[name], values)
-    # ... and the record says no more than that: it is verified as strictly, and a neighbour of the nearest number fails.
+    # The record says no more than that: it is verified as strictly, and a neighbour of the nearest number fails.
     model = onnx.load(chosen)
     record = {entry.key: entry.value for entry in model.metadata_props}["loracc.provenance"]
     assert "calibrated" not in record
