@@ -23,11 +23,12 @@ from loracc.commands.refit_trt import refit_trt
 from loracc.commands.slot import slot
 from loracc.commands.unfold import unfold
 from loracc.commands.verify import verify
-from loracc.errors import CheckFailed, LoraccError
+from loracc.errors import CheckFailed, InputError, LoraccError
 
 __all__ = ["main", "run"]
 
 INTERRUPTED = 130
+_LESS_MEMORY = "Smaller inputs (--inputs, --input) take less; --no-verify does not run the model at all."
 
 _EPILOG = """\b
 Examples:
@@ -72,6 +73,10 @@ def run(arguments: Sequence[str] | None = None) -> int:
         if isinstance(error, CheckFailed):
             announce_refusal(error)
         return error.exit_code
+    except MemoryError as error:
+        text = f"not enough memory{f' ({error})' if str(error) else ''}."
+        _show(InputError(text, hint=_LESS_MEMORY), as_json="--json" in arguments)
+        return InputError.exit_code
     except BrokenPipeError:  # `loracc inspect ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return INTERRUPTED

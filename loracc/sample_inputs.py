@@ -18,6 +18,7 @@ from loracc.decoder_inputs import counts_tokens, decoder_sizes, symbol_sums
 from loracc.dtypes import Array, is_float
 from loracc.errors import InputError
 from loracc.model import BaseModel
+from loracc.sources.user_inputs import misfits
 
 __all__ = ["check_inputs", "draw_inputs", "fed", "random_inputs", "vocabulary_limits"]
 
@@ -85,14 +86,7 @@ def check_inputs(model: ir.Model, given: Mapping[str, Array]) -> None:
         if array is None:
             problems.append(f"{value.name}: missing")
             continue
-        if value.dtype is not None and array.dtype != value.dtype.numpy():
-            problems.append(f"{value.name}: {array.dtype}, the model takes {value.dtype.numpy()}")
-        if value.shape is not None:
-            fits = len(value.shape) == array.ndim and all(
-                not isinstance(n, int) or n == m for n, m in zip(value.shape, array.shape, strict=True)
-            )
-            if not fits:
-                problems.append(f"{value.name}: shape {list(array.shape)}, the model takes {value.shape}")
+        problems += misfits(value, array)
     unknown = sorted(set(given) - {str(value.name) for value in model.graph.inputs})
     problems += [f"{name}: the model has no such input" for name in unknown]
     if problems:

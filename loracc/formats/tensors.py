@@ -67,7 +67,8 @@ def _read_torch(path: Path, allow_pickle: bool) -> dict[str, Array]:
         return {key: np.array(tensor.numpy()) for key, tensor in read_state_dict(path).items()}
     require("torch", "read .bin and .pt adapters")
     import torch
-    from onnx_ir.tensor_adapters import TorchTensor
+
+    from loracc.sources.torch_tensors import plain_tensors
 
     try:
         state: Any = torch.load(path, map_location="cpu", weights_only=False)
@@ -75,7 +76,8 @@ def _read_torch(path: Path, allow_pickle: bool) -> dict[str, Array]:
         raise InputError(f"{path}: torch cannot load it ({type(error).__name__}: {error}).") from error
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise InputError(f"{path}: holds more than tensors, and an adapter is a dictionary of tensors.")
-    return {str(key): np.array(TorchTensor(value.detach()).numpy()) for key, value in state.items()}
+    named = plain_tensors(path, {str(key): value for key, value in state.items()})
+    return {key: np.array(tensor.numpy()) for key, tensor in named.items()}
 
 
 def check_tensors(path: Path, tensors: Mapping[str, Array]) -> None:

@@ -21,9 +21,11 @@ from loracc.random_nodes import random_nodes
 from loracc.sites import SiteTable
 from loracc.sources.onnx_tensors import check_tensors
 from loracc.sources.onnx_wiring import check_wiring, forget_negative_sizes, put_in_order
-from loracc.sources.user_inputs import given_inputs
+from loracc.sources.user_inputs import given_inputs, misfits
 
 __all__ = ["load_onnx", "read_graph"]
+
+_INPUTS = "Give others with --inputs or --input."
 
 #: Operators that read codes, scales and zero points.
 _QUANTIZED = frozenset({"DequantizeLinear", "MatMulNBits", "GatherBlockQuantized", "DynamicQuantizeMatMul"})
@@ -42,6 +44,9 @@ def load_onnx(path: Path, options: LoadOptions) -> BaseModel:
     names = [str(value.name) for value in model.graph.inputs]
     if unknown := [name for name in inputs if name not in names]:
         raise InputError(f"{path}: the model has no input {unknown[0]!r}.", hint=f"Its inputs: {', '.join(names)}.")
+    odd = [text for v in model.graph.inputs if v.name in inputs for text in misfits(v, inputs[str(v.name)])]
+    if odd:
+        raise InputError(f"{path}: the inputs do not fit the model:\n  " + "\n  ".join(odd), hint=_INPUTS)
     try:
         sites = find_sites(model)
     except InputError as error:

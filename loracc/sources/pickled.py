@@ -19,6 +19,7 @@ from loracc.quiet import quiet
 from loracc.sources.checkpoint import checkpoint_model
 from loracc.sources.checkpoint_files import CheckpointFiles
 from loracc.sources.module_model import trace_module
+from loracc.sources.torch_tensors import check_stored, plain_tensors
 from loracc.sources.torch_trace import TORCH_LOGGERS, reason_of
 
 if TYPE_CHECKING:
@@ -62,6 +63,8 @@ def _load(path: Path, options: LoadOptions) -> Any:
                 hint="Pass --allow-pickle if you trust where it comes from, or make a .pt2 file where the model lives: "
                 "torch.export.save(torch.export.export(model.eval(), inputs), 'model.pt2').",
             ) from error
+    except InputError:
+        raise
     except Exception as error:  # a parser's boundary: damaged files fail in any way
         raise _unreadable(path, error) from error
     try:
@@ -80,6 +83,8 @@ def _unpickled(path: Path, *, weights_only: bool) -> Any:
 
     with open(path, "rb") as file:
         mapped = file.read(2) == b"PK"
+    if mapped:
+        check_stored(path)
     with quiet(*TORCH_LOGGERS), _importable():
         return torch.load(path, map_location="cpu", weights_only=weights_only, mmap=mapped)
 
@@ -107,9 +112,7 @@ def _from_state(path: Path, state: dict[str, torch.Tensor], options: LoadOptions
     """Traced in the factory's module, or else the weights alone."""
     if options.factory and options.graph:
         return trace_module(path, _built(path, state, options.factory), options, format="state_dict")
-    from onnx_ir.tensor_adapters import TorchTensor
-
-    tensors = [TorchTensor(value, name=name) for name, value in state.items()]
+    tensors = list(plain_tensors(path, state).values())
     base = checkpoint_model(path, CheckpointFiles(path, ()), tensors, {})
     base.format = "state_dict"
     if options.graph:

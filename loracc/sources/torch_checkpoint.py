@@ -10,7 +10,9 @@ from typing import Any
 import onnx_ir as ir
 
 from loracc.errors import InputError, require
+from loracc.quiet import quiet
 from loracc.sources.checkpoint_files import CheckpointFiles, read_weight_map, surroundings
+from loracc.sources.torch_tensors import check_stored, plain_tensors
 
 __all__ = ["read_state_dict", "read_torch_weights"]
 
@@ -42,8 +44,6 @@ def read_state_dict(path: Path) -> dict[str, ir.TensorProtocol]:
     if not path.is_file():
         raise InputError(f"{path}: no such file.", hint="The checkpoint is incomplete: fetch it again.")
     require("torch", "read pytorch_model.bin files")
-    from onnx_ir.tensor_adapters import TorchTensor
-
     state = _load(path)
     if not isinstance(state, dict):
         raise InputError(f"{path}: holds a {type(state).__name__}, expected a dictionary of tensors.")
@@ -55,7 +55,7 @@ def read_state_dict(path: Path) -> dict[str, ir.TensorProtocol]:
             hint="A training checkpoint holds more than the weights: save model.state_dict() on its own, or convert it "
             "to safetensors.",
         )
-    return {str(key): TorchTensor(value.detach(), name=str(key)) for key, value in tensors.items()}
+    return plain_tensors(path, {str(key): value for key, value in tensors.items()})
 
 
 def _load(path: Path) -> Any:
@@ -64,7 +64,12 @@ def _load(path: Path) -> Any:
     try:
         with open(path, "rb") as file:
             is_zip = file.read(2) == b"PK"
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+        if is_zip:
+            check_stored(path)
+        with quiet("torch"):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    except InputError:
+        raise
     except Exception as error:  # torch's reader has no error class of its own for damaged files
         if isinstance(error, UnpicklingError) and (found := re.search(r"Unsupported \S+ (GLOBAL )?\S+", str(error))):
             raise InputError(

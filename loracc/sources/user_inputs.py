@@ -12,6 +12,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+import onnx_ir as ir
 
 from loracc.dtypes import Array
 from loracc.errors import InputError
@@ -21,6 +22,7 @@ __all__ = [
     "DynamicSpec",
     "InputSpec",
     "given_inputs",
+    "misfits",
     "parse_dynamic_spec",
     "parse_input_spec",
     "read_npz",
@@ -112,6 +114,20 @@ def given_inputs(options: LoadOptions, ranges: Mapping[str, tuple[int, int]] | N
             raise InputError(f"input {spec.name!r} is given twice.", hint="Give each input once: --input or --inputs.")
         inputs[spec.name] = sample_array(spec, (ranges or {}).get(spec.name, (0, 2)))
     return inputs
+
+
+def misfits(value: ir.Value, array: Array) -> list[str]:
+    """What of an array is not what an input of a graph takes: its type, its shape."""
+    problems = []
+    if value.dtype is not None and array.dtype != value.dtype.numpy():
+        problems.append(f"{value.name}: {array.dtype}, the model takes {value.dtype.numpy()}")
+    if value.shape is not None:
+        fits = len(value.shape) == array.ndim and all(
+            not isinstance(n, int) or n == m for n, m in zip(value.shape, array.shape, strict=True)
+        )
+        if not fits:
+            problems.append(f"{value.name}: shape {list(array.shape)}, the model takes {value.shape}")
+    return problems
 
 
 def sample_array(spec: InputSpec, integers: tuple[int, int] = (0, 2)) -> Array:

@@ -81,6 +81,12 @@ def test_inputs_of_the_user(tmp_path: Path) -> None:
     assert {name: array.shape for name, array in given.items()} == {"x": (2, 4)}
     with pytest.raises(InputError, match=r"m\.onnx: the model has no input 'z'"):
         load_model(path, LoadOptions(inputs=("z:float32[2,4]",)))
+    for wrong, said in (
+        ("x:float32[2,5]", r"shape \[2, 5\], the model takes"),
+        ("x:int64[2,4]", "int64, the model takes"),
+    ):
+        with pytest.raises(InputError, match=said):
+            load_model(path, LoadOptions(inputs=(wrong,)))
 
 
 def test_an_overridable_weight_keeps_being_an_input(tmp_path: Path) -> None:
