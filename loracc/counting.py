@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from loracc.errors import InputError, UnsupportedError
+from loracc.json_file import read_json_object
 from loracc.model import BaseModel, LoadOptions
 from loracc.sites import Site
 
@@ -57,13 +57,8 @@ def count_parameters(model: str | Path, config: str | Path, *, allow_pickle: boo
 
 def _settings(path: Path) -> dict[str, Any]:
     file = path / "adapter_config.json" if path.is_dir() else path
-    try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{file}: cannot be read: {error.strerror or error}.") from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{file}: not a JSON file ({error}).") from error
-    if not isinstance(settings, dict) or not isinstance(settings.get("r"), int) or settings["r"] < 1:
+    settings = read_json_object(file)
+    if not isinstance(settings.get("r"), int) or settings["r"] < 1:
         raise InputError(f"{file}: not a LoRA configuration: expected an object with a rank r of 1 or more.")
     if str(settings.get("peft_type", "LORA")).upper() != "LORA":
         raise UnsupportedError(f"{file}: a configuration of {settings['peft_type']}; parameters of LORA are counted.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import math
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -13,7 +14,7 @@ from loracc.algebra import add_low_rank, dora_factor, dora_norm_terms, low_rank,
 from loracc.dtypes import Array
 from loracc.errors import UnsupportedError
 
-__all__ = ["Addition", "DoRA", "LowRank", "Replacement", "RowReplacement", "StackedLowRank"]
+__all__ = ["Addition", "Decomposition", "DoRA", "LowRank", "Replacement", "RowReplacement", "StackedLowRank"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,41 +104,35 @@ class StackedLowRank(Delta):
         return w
 
 
-@dataclass(frozen=True, eq=False)
-class DoRA(Delta):
-    """W' = (m / ‖V‖) ⊙ V with V = W + ΔW (Liu et al. 2024); ‖·‖ over every axis but ``axis``.
+class Decomposition(Delta):
+    """V = W + ΔW with a factor on every slice along ``axis`` that depends on the slice's norm.
 
-    ``axis`` 0 is PEFT's linear and convolution (one factor per output), 1 its embedding (one per embedding column).
-    ``magnitude`` is 1-D, of the weight's length on ``axis``.
+    Attributes:
+        inner: Gives ΔW; an additive kind.
+        magnitude: ``[n]``, n the weight's length on ``axis``.
+        axis: The kept one; norms are over all others.
     """
 
-    kind: ClassVar[str] = "dora"
     additive: ClassVar[bool] = False
-    inner: LowRank
+    inner: Delta
     magnitude: Array
-    axis: int = 0
+    axis: int
 
     @property
     def shape(self) -> tuple[int | None, ...]:
         return self.inner.shape
 
     @property
-    def rank(self) -> int:
+    def rank(self) -> int | None:
         return self.inner.rank
 
     @property
     def scale(self) -> float:
-        return self.inner.s
+        return self.inner.scale
 
-    def scaled(self, weight: float) -> DoRA:
-        """As PEFT's ``scale_layer``: the weight acts on ΔW inside the norm, the magnitude stays."""
-        return replace(self, inner=self.inner.scaled(weight))
-
-    def resolve(self, shape: tuple[int, ...]) -> DoRA:
-        return replace(self, inner=self.inner.resolve(shape))
-
-    def converted(self, dtype: np.dtype[np.generic]) -> DoRA:
-        return replace(self, inner=self.inner.converted(dtype))
+    @abc.abstractmethod
+    def factor(self, magnitude: Array, squares: Array) -> Array:
+        """The factors of some slices, in float64, from their magnitudes and ‖V‖²."""
 
     def prepare(self, read: ReadSlab, axis: int, length: int, step: int) -> Array | None:
         """‖V‖² per kept index. None where a slab holds whole vectors to be normed: no first pass is needed then."""
@@ -155,10 +150,37 @@ class DoRA(Delta):
         if axis == self.axis:
             magnitude, statistic = magnitude[lo:hi], dora_norm_terms(v, self.axis)
         if statistic is None:
-            raise TypeError("DoRA needs the norms that prepare() returns")
-        factor = dora_factor(magnitude.astype(np.float64), statistic)
+            raise TypeError("a decomposed weight needs the norms that prepare() returns")
+        factor = self.factor(magnitude.astype(np.float64), statistic)
         v *= factor.astype(v.dtype).reshape([-1 if i == self.axis else 1 for i in range(v.ndim)])
         return v
+
+
+@dataclass(frozen=True, eq=False)
+class DoRA(Decomposition):
+    """W' = (m / ‖V‖) ⊙ V with V = W + ΔW (Liu et al. 2024); ‖·‖ over every axis but ``axis``.
+
+    ``axis`` 0 is PEFT's linear and convolution (one factor per output), 1 its embedding (one per embedding column).
+    ``magnitude`` is 1-D, of the weight's length on ``axis``.
+    """
+
+    kind: ClassVar[str] = "dora"
+    inner: LowRank
+    magnitude: Array
+    axis: int = 0
+
+    def scaled(self, weight: float) -> DoRA:
+        """As PEFT's ``scale_layer``: the weight acts on ΔW inside the norm, the magnitude stays."""
+        return replace(self, inner=self.inner.scaled(weight))
+
+    def resolve(self, shape: tuple[int, ...]) -> DoRA:
+        return replace(self, inner=self.inner.resolve(shape))
+
+    def converted(self, dtype: np.dtype[np.generic]) -> DoRA:
+        return replace(self, inner=self.inner.converted(dtype))
+
+    def factor(self, magnitude: Array, squares: Array) -> Array:
+        return dora_factor(magnitude, squares)
 
     def arrays(self) -> dict[str, Array]:
         return {**self.inner.arrays(), "magnitude": self.magnitude}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from loracc.dtypes import Array
 from loracc.errors import InputError
 from loracc.formats.tensors import read_tensors, some
+from loracc.json_file import read_json_object
 
 __all__ = ["CONFIG", "WEIGHTS", "AdapterSource", "locate", "open_source"]
 
@@ -45,7 +45,7 @@ def open_source(path: Path, *, allow_pickle: bool = False) -> AdapterSource:
         InputError: Nothing is there, several adapters are, or a file is damaged.
     """
     file, config_file = locate(path)
-    config = _read_config(config_file) if config_file else None
+    config = read_json_object(config_file) if config_file else None
     tensors, metadata = read_tensors(file, allow_pickle=allow_pickle)
     return AdapterSource(path, file, tensors, metadata, config)
 
@@ -102,15 +102,3 @@ def _config_of(file: Path) -> Path | None:
         return None
     others = [child for child in file.parent.iterdir() if child.suffix in _SUFFIXES and child != file]
     return config if file.name in WEIGHTS or not others else None
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror or error}.") from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not a JSON file ({error}).", hint="Fetch the file again.") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: a JSON {type(value).__name__}, expected an object.")
-    return value

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from loracc.errors import InputError
+from loracc.json_file import read_json, read_json_object
 from loracc.sources.safetensors_file import SafetensorsFile, TensorInfo, read_header
 
 __all__ = [
@@ -112,19 +112,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         InputError: It is there and is not a JSON object.
     """
     path = folder / "config.json"
-    return _read_json(path) if path.is_file() else {}
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror or error}.") from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not a JSON file ({error}).", hint="Fetch the file again.") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: a JSON {type(value).__name__}, expected an object.")
-    return value
+    return read_json_object(path) if path.is_file() else {}
 
 
 def _read_shards(index: Path) -> tuple[SafetensorsFile, ...]:
@@ -157,7 +145,7 @@ def read_weight_map(index: Path) -> dict[str, str]:
     Raises:
         InputError: It is not such an index, or a shard's name leaves the folder.
     """
-    weight_map = _read_json(index).get("weight_map")
+    weight_map = read_json_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise _index_error(index, ["it has no weight_map"])
     if not all(isinstance(name, str) and name and "\0" not in name for name in weight_map.values()):
@@ -201,10 +189,7 @@ def _module_folders(folder: Path) -> list[Path]:
     path = folder / "modules.json"
     if not path.is_file():
         return []
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not a JSON file ({error}).", hint="Fetch the file again.") from error
+    entries = read_json(path)
     names = (
         [str(entry.get("path", "")) for entry in entries if isinstance(entry, dict)]
         if isinstance(entries, list)

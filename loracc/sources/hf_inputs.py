@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from loracc.dtypes import Array
-from loracc.errors import UnsupportedError
+from loracc.errors import InputError, UnsupportedError
+from loracc.json_file import read_json_object
 
 __all__ = ["BATCH", "PAST", "SEQUENCE", "TracedInput", "decoder_inputs", "ids_input", "plan_inputs"]
 
@@ -118,8 +118,8 @@ def _tokenizer_outputs(folder: Path) -> Sequence[str]:
     if not path.is_file():
         return ()
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:  # transformers itself never reads it here, so it is no reason to refuse the model
+        config = read_json_object(path)
+    except InputError:  # transformers itself never reads it here, so it is no reason to refuse the model
         return ()
     named = config.get("model_input_names")
     if isinstance(named, list):
