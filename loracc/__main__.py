@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import io
+import os
 import sys
 
 __all__ = ["main"]
@@ -12,6 +14,7 @@ def main() -> None:
     """Run the command line and exit with its code."""
     # What the imports make stays until the end: looking through it again and again takes a tenth of a short run.
     gc.set_threshold(100_000)
+    _three_streams()
     try:
         from loracc.cli import run
 
@@ -19,6 +22,22 @@ def main() -> None:
     except KeyboardInterrupt:  # before the command line was there to catch it
         code = 130
     sys.exit(code)
+
+
+def _three_streams() -> None:
+    """Standard streams that are there and take every character.
+
+    Where one is closed, the next file that is opened gets its number, and a library's log would be written into it.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free: this one
+            setattr(sys, name, open(number, "w" if number else "r", encoding="utf-8", closefd=False))  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -21,6 +22,7 @@ from loracc.commands.github import announce_refusal
 from loracc.commands.inspect import inspect
 from loracc.commands.refit_trt import refit_trt
 from loracc.commands.slot import slot
+from loracc.commands.terminal import printable
 from loracc.commands.unfold import unfold
 from loracc.commands.verify import verify
 from loracc.errors import CheckFailed, InputError, LoraccError
@@ -28,6 +30,23 @@ from loracc.errors import CheckFailed, InputError, LoraccError
 __all__ = ["main", "run"]
 
 INTERRUPTED = 130
+#: What a disk, a path or a system's limit is to blame for, wherever it comes up.
+_SURROUNDINGS = frozenset(
+    {
+        errno.ENOSPC,
+        errno.EDQUOT,
+        errno.EFBIG,
+        errno.EROFS,
+        errno.EACCES,
+        errno.EPERM,
+        errno.ENAMETOOLONG,
+        errno.ELOOP,
+        errno.EMFILE,
+        errno.ENFILE,
+        errno.EIO,
+        errno.ESTALE,
+    }
+)
 _LESS_MEMORY = "Smaller inputs (--inputs, --input) take less; --no-verify does not run the model at all."
 
 _EPILOG = """\b
@@ -73,23 +92,39 @@ def run(arguments: Sequence[str] | None = None) -> int:
         if isinstance(error, CheckFailed):
             announce_refusal(error)
         return error.exit_code
+    except BrokenPipeError:  # `loracc inspect ... | head`
+        _give_up_stdout()
+        return INTERRUPTED
     except MemoryError as error:
         text = f"not enough memory{f' ({error})' if str(error) else ''}."
         _show(InputError(text, hint=_LESS_MEMORY), as_json="--json" in arguments)
         return InputError.exit_code
-    except BrokenPipeError:  # `loracc inspect ... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return INTERRUPTED
+    except OSError as error:
+        if error.errno not in _SURROUNDINGS:
+            raise
+        where = os.fsdecode(error.filename or "standard output")
+        if error.filename is None:
+            _give_up_stdout()
+        _show(InputError(f"{where}: {error.strerror}."), as_json="--json" in arguments)
+        return InputError.exit_code
+
+
+def _give_up_stdout() -> None:
+    """What is left in its buffer must go somewhere, or Python complains at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _show(error: LoraccError, *, as_json: bool) -> None:
-    click.echo(f"loracc: error: {error.message}", err=True)
+    click.echo(printable(f"loracc: error: {error.message}"), err=True)
     if error.hint:
-        click.echo(error.hint, err=True)
+        click.echo(printable(error.hint), err=True)
     if as_json:
         body = {"kind": type(error).__name__, "message": error.message, "hint": error.hint}
         found = {"verification": error.verification} if isinstance(error, CheckFailed) else {}
-        click.echo(json.dumps({"error": body, **found}))
+        try:
+            click.echo(json.dumps({"error": body, **found}))
+        except OSError:  # nobody can be told: the exit code says it
+            _give_up_stdout()
 
 
 def _interrupted() -> int:

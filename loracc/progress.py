@@ -86,11 +86,11 @@ def progress_for(*, quiet: bool = False) -> Iterator[Progress]:
     from rich.progress import Progress as Display
 
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         DownloadColumn(binary_units=True),
         TimeRemainingColumn(),
-        TextColumn("[dim]{task.fields[tensor]}"),
+        TextColumn("{task.fields[tensor]}", style="dim", markup=False),  # a tensor's name may have brackets
     )
     with Display(*columns, console=Console(stderr=True), transient=True) as display:
         bar = TerminalProgress(display)

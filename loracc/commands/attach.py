@@ -8,14 +8,8 @@ from typing import Any
 import click
 
 from loracc.commands.github import announce
-from loracc.commands.options import (
-    adapter_options,
-    base_option,
-    console,
-    model_options,
-    output_options,
-    write_options,
-)
+from loracc.commands.options import adapter_options, base_option, model_options, output_options, write_options
+from loracc.commands.terminal import console
 from loracc.switching.modes import MODES
 
 __all__ = ["attach"]

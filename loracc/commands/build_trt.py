@@ -7,7 +7,8 @@ from typing import Any
 
 import click
 
-from loracc.commands.options import adapter_options, base_option, console, output_options
+from loracc.commands.options import adapter_options, base_option, output_options
+from loracc.commands.terminal import console
 
 __all__ = ["build_trt"]
 

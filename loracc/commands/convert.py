@@ -7,7 +7,8 @@ from typing import Any
 
 import click
 
-from loracc.commands.options import adapter_options, console, output_options
+from loracc.commands.options import adapter_options, output_options
+from loracc.commands.terminal import console
 
 __all__ = ["convert"]
 

@@ -6,7 +6,8 @@ import json
 
 import click
 
-from loracc.commands.options import console, output_options
+from loracc.commands.options import output_options
+from loracc.commands.terminal import console
 
 __all__ = ["extract"]
 

@@ -12,11 +12,11 @@ from loracc.commands.options import (
     adapter_options,
     base_option,
     combine_options,
-    console,
     model_options,
     output_options,
     write_options,
 )
+from loracc.commands.terminal import console
 from loracc.rounding_spec import ROUNDINGS
 
 __all__ = ["fold"]

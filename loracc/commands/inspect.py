@@ -7,7 +7,8 @@ from typing import Any
 
 import click
 
-from loracc.commands.options import console, output_options
+from loracc.commands.options import output_options
+from loracc.commands.terminal import console
 
 __all__ = ["inspect"]
 

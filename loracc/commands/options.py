@@ -14,7 +14,6 @@ __all__ = [
     "adapter_options",
     "base_option",
     "combine_options",
-    "console",
     "model_options",
     "output_options",
     "report_option",
@@ -225,16 +224,6 @@ def timing_options(*, seconds: float) -> Callable[[F], F]:
         return command
 
     return decorate
-
-
-def console(*, as_json: bool, quiet: bool) -> Any:
-    """Where tables and messages go: stdout, or stderr when stdout is for JSON; nowhere when quiet."""
-    from rich.console import Console
-
-    found = Console(stderr=as_json, quiet=quiet, highlight=False)
-    if not found.is_terminal:
-        found.width = 160  # nobody's window: module paths stay whole in a log
-    return found
 
 
 def report_option(command: F) -> F:

@@ -7,7 +7,8 @@ from typing import Any
 
 import click
 
-from loracc.commands.options import console, model_options, output_options
+from loracc.commands.options import model_options, output_options
+from loracc.commands.terminal import console
 
 __all__ = ["unfold"]
 

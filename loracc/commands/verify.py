@@ -12,12 +12,12 @@ from loracc.commands.options import (
     adapter_options,
     base_option,
     combine_options,
-    console,
     model_options,
     output_options,
     report_option,
     timing_options,
 )
+from loracc.commands.terminal import console
 from loracc.rounding_spec import ROUNDINGS
 
 __all__ = ["verify"]

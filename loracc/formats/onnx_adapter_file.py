@@ -7,6 +7,9 @@ order. ``adapter_version`` and ``model_version`` are for loaders to check; ONNX 
 from __future__ import annotations
 
 import ctypes
+import errno
+import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -88,7 +91,12 @@ def write_parameters(path: Path, parameters: Mapping[str, Array], *, versions: t
     # A parameter's value is the array's own memory, and set_parameters keeps no reference to it (docs/upstream.md).
     alive = {name: np.ascontiguousarray(parameters[name]) for name in sorted(parameters)}
     file.set_parameters({name: _value(runtime, array) for name, array in alive.items()})
-    file.export_adapter(str(path))
+    try:
+        file.export_adapter(str(path))
+    except RuntimeError as error:  # what the runtime says of a file that it cannot write
+        full = shutil.disk_usage(path.parent).free < sum(array.nbytes for array in alive.values())
+        number = errno.ENOSPC if full else errno.EIO
+        raise OSError(number, os.strerror(number), str(path)) from error
     del alive
 
 
