@@ -10,9 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from loracc.algebra import low_rank_norm
 from loracc.blas import one_blas_thread
 from loracc.calibrated import CalibratedTensor, Gain
 from loracc.calibrated_codes import CalibratedCodes
+from loracc.deltas import LowRank
 from loracc.dtypes import Array
 from loracc.folded import Binding, FoldedTensor
 from loracc.requantized import RequantizedTensor
@@ -67,7 +69,8 @@ def site_facts(folded: Iterable[FoldedTensor]) -> list[SiteFacts]:
 
 
 class Facts:
-    """Facts about every binding. The two norms are estimated from evenly spread rows (the same ones at every run).
+    """Facts about every binding. Norms are estimated from evenly spread rows (the same ones at every run); that of a
+    low-rank ΔW is exact.
 
     Deltas that share an initializer share its norms: they are rounded together. Whoever has workers lets them do
     ``jobs``; ``rows`` does what is left.
@@ -140,16 +143,30 @@ def _norms(tensor: FoldedTensor) -> tuple[float | None, float | None]:
         totals = tensor.totals
         return math.sqrt(totals.change / totals.weight) if totals.weight else None, totals.survived
     weight = change = lost = 0.0
+    seen = 0
     with np.errstate(invalid="ignore", over="ignore"):  # what is not finite is refused when the tensor is written
         for original, exact, rounded in tensor.probe(_sampled_rows(tensor)):
             weight += _squares(original)
             change += _squares(exact - original)
             lost += _squares(rounded.astype(exact.dtype) - exact)
+            seen += original.size
+        if (norm := _low_rank_norm(tensor)) is not None:
+            # Rows of a low-rank ΔW differ by a third from one another, those of W and its roundings by hundredths.
+            part = seen / max(math.prod(dims(tensor)), 1)
+            change = part * norm * norm
     if not math.isfinite(weight + change + lost):
         return None, None
     relative_norm = math.sqrt(change / weight) if weight else None
     survived = max(0.0, 1.0 - math.sqrt(lost / change)) if change else None
     return relative_norm, survived
+
+
+def _low_rank_norm(tensor: FoldedTensor) -> float | None:
+    """‖ΔW‖ where one pair of factors is all that acts, on the whole weight; None elsewhere."""
+    if len(tensor.bindings) != 1:
+        return None
+    delta, layout = tensor.bindings[0].delta, tensor.bindings[0].site.layout
+    return low_rank_norm(delta.b, delta.a, delta.s) if isinstance(delta, LowRank) and layout.whole else None
 
 
 def _squares(values: Array) -> float:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from loracc.algebra import low_rank_norm
 from loracc.deltas import LowRank
 from loracc.dtypes import Array, all_finite, round_to
 from loracc.errors import BindingError, NumericsError
@@ -134,12 +135,6 @@ def _survived(
 def _kept(exact: tuple[Array, Array], rounded: tuple[Array, Array]) -> float | None:
     """1 − ‖A'B' − AB‖ / ‖AB‖ without forming either product: A'B' − AB = (A'−A)·B' + A·(B'−B)."""
     (a, b), (a2, b2) = exact, rounded
-    size = _norm(a, b)
-    lost = _norm(np.concatenate([a2 - a, a], axis=1), np.concatenate([b2, b2 - b], axis=0))
+    size = low_rank_norm(a, b, 1.0)
+    lost = low_rank_norm(np.concatenate([a2 - a, a], axis=1), np.concatenate([b2, b2 - b], axis=0), 1.0)
     return max(0.0, 1.0 - lost / size) if size else None
-
-
-def _norm(left: Array, right: Array) -> float:
-    """‖left·right‖_F by the Gram matrices of the factors."""
-    squares = float(np.sum((left.T @ left) * (right @ right.T)))
-    return float(np.sqrt(max(squares, 0.0)))
