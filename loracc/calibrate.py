@@ -63,7 +63,8 @@ class Calibration:
     """What came of it.
 
     Attributes:
-        tensors: The calibrated folds by initializer; to be used while the scratch folder is there.
+        tensors: The folds by initializer, those that gained nothing with nearest's values; to be used while the scratch
+            folder is there.
         nearest, calibrated: Relative error (L2) of all outputs on the held-out inputs, against the reference.
         notes: What the user should know.
         inputs: Digest of what it was found on.
@@ -77,7 +78,8 @@ class Calibration:
 
     def to_json(self) -> dict[str, Any]:
         """Of ``fold --json``."""
-        return {"nearest": self.nearest, "calibrated": self.calibrated, "weights": len(self.tensors)}
+        used = sum(any(gain.used for gain in tensor.gains.values()) for tensor in self.tensors.values())
+        return {"nearest": self.nearest, "calibrated": self.calibrated, "weights": used}
 
 
 def calibrate(
@@ -196,14 +198,13 @@ def _rounded(
 
 def _judged(versions: Versions, done: dict[str, Calibrated], batches: Sequence[Batch], notes: list[str]) -> Calibration:
     """Rule 5."""
-    used = {name: tensor for name, tensor in done.items() if any(gain.used for gain in tensor.gains.values())}
-    if not used:
+    if not any(gain.used for tensor in done.values() for gain in tensor.gains.values()):
         return Calibration(notes=(*notes, "calibration: rounding to nearest was as good everywhere."))
     nearest, calibrated = versions.errors()
     if calibrated >= clearly(_samples([batch.inputs for batch in batches if batch.held_out])) * nearest:
         note = "calibration: on the held-out inputs the whole model was hardly better than to nearest, and is that."
         return Calibration({}, nearest, calibrated, (*notes, note))
-    return Calibration(used, nearest, calibrated, tuple(notes))
+    return Calibration(done, nearest, calibrated, tuple(notes))
 
 
 def _samples(batches: Sequence[Mapping[str, Array]]) -> int:

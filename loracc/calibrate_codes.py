@@ -25,7 +25,7 @@ from loracc.dtypes import Array
 from loracc.encodings.grid import Grid
 from loracc.encodings.site_grid import SiteGrid
 from loracc.requantized import RequantizedTensor, Settled, Totals
-from loracc.second_moments import Moments
+from loracc.second_moments import Moments, Sums
 from loracc.sites import Layout
 from loracc.verify_chosen_codes import STEPS, STRENGTH, CodeNoise, site_noise
 
@@ -38,13 +38,13 @@ _ROWS = 512
 
 
 def round_codes(
-    fold: RequantizedTensor, fit: Moments, held_out: Moments, path: Path, options: CalibrateOptions
+    fold: RequantizedTensor, fit: Sums, held_out: Sums, path: Path, options: CalibrateOptions
 ) -> CalibratedCodes:
     """The fold with the codes that are better on held-out inputs, site by site.
 
     Args:
         fold: A matrix; its sites' inputs are the moments'.
-        fit, held_out: The second moments to choose with, and those to judge with.
+        fit, held_out: The sums to choose with, and those to judge with.
         path: A file for the codes.
         options: See :class:`CalibrateOptions`.
     """
@@ -55,7 +55,8 @@ def round_codes(
     for layout, names in layouts.items():
         own = owned(whole.settled.grid.blocks, layout)
         site = _Site.of(whole, layout, better if own is not None else grid)
-        codes, gain = site.choose(fit.of(layout), held_out.of(layout), options)
+        own_fit, own_held_out = (part.of(layout, site.exact) for part in (fit, held_out))
+        codes, gain = site.choose(own_fit, own_held_out, options)
         gains |= dict.fromkeys(names, gain)
         if gain.used:
             layout.view(whole.codes)[...] = codes
@@ -63,7 +64,7 @@ def round_codes(
     return CalibratedCodes(fold, whole.codes, whole.with_grid(grid), path, gains)
 
 
-def _better_grid(whole: _Whole, layouts: list[Layout], fit: Moments) -> Grid:
+def _better_grid(whole: _Whole, layouts: list[Layout], fit: Sums) -> Grid:
     axes = {(layout.perm or (0, 1))[1] for layout in layouts}
     if len(axes) > 1:  # seen by two readers, once turned: their inputs would not be one value
         return whole.settled.grid

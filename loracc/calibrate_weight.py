@@ -13,7 +13,7 @@ from loracc.algebra_feedback import Nearest, round_with_feedback
 from loracc.calibrated import CalibratedTensor, Gain
 from loracc.dtypes import Array, round_to
 from loracc.folded import FoldedTensor
-from loracc.second_moments import Moments
+from loracc.second_moments import Moments, Sums
 from loracc.sites import Layout
 from loracc.tensors import dims, read_rows
 from loracc.verify_calibrated import STEPS, Noise, furthest
@@ -41,13 +41,13 @@ class CalibrateOptions:
 
 
 def round_weight(
-    fold: FoldedTensor, fit: Moments, held_out: Moments, path: Path, options: CalibrateOptions
+    fold: FoldedTensor, fit: Sums, held_out: Sums, path: Path, options: CalibrateOptions
 ) -> CalibratedTensor:
     """The fold with the rounding that is better on held-out inputs, site by site.
 
     Args:
-        fold: A matrix; its sites' inputs are the moments'.
-        fit, held_out: The second moments to round with, and those to judge with.
+        fold: A matrix; its sites' inputs are the sums'.
+        fit, held_out: The sums to round with, and those to judge with.
         path: A file for the values.
         options: See :class:`CalibrateOptions`.
 
@@ -61,8 +61,8 @@ def round_weight(
     gains: dict[str, Gain] = {}
     for layout, names in by_layout(fold).items():
         before, matrix, nearest = (layout.view(values) for values in (original, exact, rounded))
-        here = fit.of(layout), held_out.of(layout)
-        chosen, gain = _choose(before, matrix, nearest, *here, fold.dtype, options)
+        own_fit, own_held_out = (part.of(layout, matrix) for part in (fit, held_out))
+        chosen, gain = _choose(before, matrix, nearest, own_fit, own_held_out, fold.dtype, options)
         gains |= dict.fromkeys(names, gain)
         if gain.used:
             nearest[...] = chosen.astype(rounded.dtype)

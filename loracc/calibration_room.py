@@ -72,6 +72,6 @@ def _bytes(folds: Sequence[FoldedTensor]) -> int:
     """Of the sums of a stage, and of as many weights as are rounded at once."""
     width = max(fold.bindings[0].site.layout.canonical_shape(dims(fold))[1] for fold in folds)
     sizes = sorted((math.prod(dims(fold)) for fold in folds), reverse=True)
-    sums = 2 * (width * width + sum(sizes))
+    sums = 2 * (3 * width * width + sum(sizes))
     at_once = sizes[: default_workers()]
     return _DOUBLE * (sums + _SQUARES * width * width * len(at_once) + _COPIES * sum(at_once))

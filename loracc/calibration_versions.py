@@ -55,7 +55,7 @@ class Versions:
         """Of a stage; the reference is behind it afterwards."""
         stage = self._stages[number]
         sums = StageSums(stage)
-        reference = self._reference.run(number, _exact, sums.targets(), leave=True)
+        reference = self._reference.run(number, _exact, sums.taps(), leave=True)
         current = self._current.run(number, self._written({}, stage.targets), sums.taps())
         for (batch, theirs), (_, ours) in zip(reference, current, strict=True):
             sums.add(batch, theirs, ours)

@@ -1,11 +1,12 @@
 """Where a site's product ends up: the value that its weight can still set right.
 
 A layer that writes to a residual stream, s = r + W·x + b, can take back errors that lie in r already, as far as they
-are linear in x. So its weight is fitted to s and not to W·x alone:
+are linear in x. So its weight is fitted to s and not to W·x:
 
 1. From the product on, through Add, and through Reshape that leaves the features alone, as long as each value is read
    once, and no weight of a later stage is read before it.
-2. A weight that several products read, or a fused operator, has no such value.
+2. Where all that is added is constant (a bias), there is no stream. Nor is one looked for behind a weight that several
+   products read, or a fused operator.
 """
 
 from __future__ import annotations
@@ -35,9 +36,11 @@ def site_target(model: ir.Model, name: str, known: Dims, places: Mapping[ir.Node
     if len(reading) != 1 or node.domain != "" or places[node] >= limit:
         return None
     value, axis = node.outputs[0], -1 if index == 1 else -2
+    stream = False
     while (following := _next(value, axis, known)) is not None and places.get(following, limit) < limit:
+        stream |= following.op_type == "Add" and not any(known.constants.is_constant(v) for v in following.inputs)
         value = following.outputs[0]
-    return SiteInput(str(value.name), axis)
+    return SiteInput(str(value.name), axis) if stream else None
 
 
 def _next(value: ir.Value, axis: int, known: Dims) -> ir.Node | None:

@@ -19,7 +19,7 @@ from loracc.encodings.encoded_weight import EncodedWeight
 from loracc.encodings.grid import Blocks
 from loracc.folded import Binding
 from loracc.requantized import RequantizedTensor
-from loracc.second_moments import Moments
+from loracc.second_moments import Moments, Sums
 from loracc.sites import Layout, Site
 from loracc.verify_chosen_codes import STEPS
 
@@ -71,9 +71,9 @@ def check(seed: int, blocks: tuple[str | None, int], *, turned: bool, rows: int)
     axis = None if name is None else int((name == "in") is not turned)
     tensor = fold(rng, axis, block, turned=turned, packed=packed)
     x = rng.standard_normal((rows, INSIDE))
-    moments = Moments(x.T @ x, None, 0.0, 10_000)
+    sums, moments = Sums(x.T @ x, 10_000), Moments(x.T @ x, None, 0.0, 10_000)
     with TemporaryDirectory() as folder:
-        made = round_codes(tensor, moments, moments, Path(folder, "codes"), CalibrateOptions())
+        made = round_codes(tensor, sums, sums, Path(folder, "codes"), CalibrateOptions())
         ((_, _, codes),) = made.exact_codes_rows([(0, tensor.weight.shape[0])])
         ((_, _, nearest),) = tensor.exact_codes_rows([(0, tensor.weight.shape[0])])
         stored = made.parts()["codes"].numpy()

@@ -1,85 +1,40 @@
-"""Rounding to nearest and calibrated rounding on held-out text: the tables of docs/rounding.md.
+"""Calibrated rounding, measured: the tables of docs/rounding.md.
 
 ::
 
-    python -m tests.benchmarks.calibrated_rounding --model MINILM_FOLDER --dtype bf16 fp16     # some minutes
+    python -m tests.benchmarks.calibrated_rounding minilm gpt2 llama cost --write     # an hour; a part alone, too
     python -m tests.benchmarks.calibrated_rounding --draws 50                          # never worse? tiny models
 
-The text is the standard library's docstrings: a part to calibrate with, another to test on. Deltas are random, of rank
-8 and half a percent of the weight's norm, on every linear layer of the encoder. Error is relative (L2), of all outputs,
-against the float32 fold. Time and memory are the whole process's, verification left out.
+Each part prints its table, and ``--write`` puts it between its markers in the document. ``--work FOLDER`` keeps what
+was trained and exported, so that a second run does not do it again.
 """
 
 from __future__ import annotations
 
 import argparse
-import ast
-import json
-import resource
 import sys
-import sysconfig
 import tempfile
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
 
 import loracc
-from loracc.calibration_data import calibration_batches
 from loracc.dtypes import Array
-from loracc.model import BaseModel, LoadOptions
+from loracc.model import LoadOptions
 from loracc.runners import OnnxRunner
 from loracc.sources import load_model
-from loracc.tensors import dims
 from loracc.verify_graphs import in_reference
 from loracc.verify_metrics import relative_l2
+from tests.benchmarks.calibrated_cost import cost_rows
+from tests.benchmarks.calibrated_tables import language_rows, minilm_rows
 from tests.calibrating import inputs, write_adapter, write_model
 
 __all__ = ["main"]
 
-_RANK, _STRENGTH = 8, 0.005
-
-
-def docstrings(count: int, *, skip: int = 0) -> list[str]:
-    """First paragraphs of the standard library's docstrings, one a line, in the order of the files' names."""
-    found = list(dict.fromkeys(_paragraphs()))
-    step = len(found) // (2 * count)
-    return found[skip : 2 * count * step : 2 * step][:count]
-
-
-def _paragraphs() -> Iterator[str]:
-    for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8", errors="replace"))):
-            if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Module):
-                text = " ".join((ast.get_docstring(node) or "").split("\n\n")[0].split())
-                if len(text) > 40:
-                    yield text
-
-
-def random_adapter(model: BaseModel, folder: Path, *, seed: int = 0) -> Path:
-    """PEFT's LoRA on every linear layer of the encoder."""
-    rng = np.random.default_rng(seed)
-    tensors: dict[str, Array] = {}
-    names: list[str] = []
-    for site in model.sites:
-        tensor = model.ir.graph.initializers[site.initializer].const_value
-        if tensor is None or len(dims(tensor)) != 2 or ".layer" not in site.name or "embed" in site.name:
-            continue
-        weight = site.layout.view(tensor.numpy()).astype(np.float32)
-        a = rng.standard_normal((_RANK, weight.shape[1])).astype(np.float32)
-        b = rng.standard_normal((weight.shape[0], _RANK)).astype(np.float32)
-        b *= np.float32(_STRENGTH * np.linalg.norm(weight) / np.linalg.norm(b @ a))
-        module = site.name.removesuffix(".weight")
-        names.append(module)
-        tensors |= {f"base_model.model.{module}.lora_{x}.weight": v for x, v in (("A", a), ("B", b))}
-    folder.mkdir()
-    config = {"peft_type": "LORA", "r": _RANK, "lora_alpha": _RANK, "target_modules": names}
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    save_file(tensors, folder / "adapter_model.safetensors")
-    return folder
+#: Of the base and of the adapter.
+_STEPS = (400, 120)
+DOCUMENT = Path(__file__).parents[2] / "docs" / "rounding.md"
 
 
 def outputs(path: Path, feeds: Sequence[dict[str, Array]]) -> dict[str, list[Array]]:
@@ -96,30 +51,6 @@ def outputs(path: Path, feeds: Sequence[dict[str, Array]]) -> dict[str, list[Arr
 def worst(ours: dict[str, list[Array]], truth: dict[str, list[Array]]) -> float:
     """The largest relative error of all outputs."""
     return max(relative_l2(ours[name], truth[name]) for name in truth)
-
-
-def table(model: Path, dtypes: Sequence[str], samples: int, folder: Path) -> None:
-    """A row for each dtype."""
-    fit, test = folder / "fit.txt", folder / "test.txt"
-    fit.write_text("\n".join(docstrings(samples)), encoding="utf-8")
-    test.write_text("\n".join(docstrings(samples, skip=1)), encoding="utf-8")
-    base = load_model(model, LoadOptions(graph=True))
-    adapter = random_adapter(base, folder / "adapter")
-    feeds: list[dict[str, Array]] = [dict(batch.inputs) for batch in calibration_batches(base, test, model)]
-    exact = folder / "exact.onnx"
-    loracc.fold(model, [adapter], exact, dtype="fp32", verify=False)
-    truth = outputs(exact, feeds)
-    print(f"| dtype | nearest | calibrated | ratio | nearest s | calibrated s |\n|{'---|' * 6}")
-    for dtype in dtypes:
-        made: dict[str, tuple[float, float]] = {}
-        for rounding, more in (("nearest", {}), ("calibrated", {"calibrate": fit, "tokenizer": model})):
-            start, out = time.perf_counter(), folder / f"{dtype}-{rounding}.onnx"
-            options: dict[str, Any] = dict(more)
-            loracc.fold(model, [adapter], out, dtype=dtype, verify=False, **options)
-            made[rounding] = (worst(outputs(out, feeds), truth), time.perf_counter() - start)
-        (near, near_s), (chosen, chosen_s) = made["nearest"], made["calibrated"]
-        print(f"| {dtype} | {near:.5f} | {chosen:.5f} | {near / chosen:.2f} | {near_s:.1f} | {chosen_s:.1f} |")
-    print(f"largest resident set: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.2f} GB")
 
 
 def draws(count: int, folder: Path) -> None:
@@ -144,19 +75,46 @@ def draws(count: int, folder: Path) -> None:
     print(f"{count} draws, calibrated error over nearest's: median {np.median(ratios):.3f}, worst {max(ratios):.3f}")
 
 
+def parts(work: Path) -> dict[str, Callable[[], Iterator[str]]]:
+    """The tables by name, as lines."""
+    return {
+        "minilm": lambda: minilm_rows(work),
+        "gpt2": lambda: language_rows("gpt2", work, steps=_STEPS),
+        "llama": lambda: language_rows("llama", work, steps=_STEPS),
+        "cost": lambda: cost_rows(work),
+    }
+
+
+def written(part: str, lines: Sequence[str]) -> None:
+    """Put a table between its markers."""
+    text = DOCUMENT.read_text(encoding="utf-8")
+    begin, end = (f"<!-- {part}: {word} -->\n" for word in ("begin", "end"))
+    before, rest = text.split(begin)
+    DOCUMENT.write_text(
+        before + begin + "".join(f"{line}\n" for line in lines) + end + rest.split(end)[1], encoding="utf-8"
+    )
+
+
 def main() -> int:
     """Print what was asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, help="a Hugging Face folder with its tokenizer")
-    parser.add_argument("--dtype", nargs="+", default=["bf16", "fp16"], choices=["bf16", "fp16"])
-    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("parts", nargs="*", choices=[*parts(Path()), []], default=[])
+    parser.add_argument("--work", type=Path, help="a folder to keep models in")
+    parser.add_argument("--write", action="store_true", help="into docs/rounding.md")
     parser.add_argument("--draws", type=int, default=0)
     asked = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="loracc-") as folder:
-        if asked.model is not None:
-            table(asked.model, asked.dtype, asked.samples, Path(folder))
+    with tempfile.TemporaryDirectory(prefix="loracc-") as scratch:
+        work = asked.work or Path(scratch)
+        work.mkdir(parents=True, exist_ok=True)
+        for part in asked.parts:
+            lines = []
+            for line in parts(work)[part]():
+                print(line, flush=True)
+                lines.append(line)
+            if asked.write:
+                written(part, lines)
         if asked.draws:
-            draws(asked.draws, Path(folder))
+            draws(asked.draws, Path(scratch))
     return 0
 
 
