@@ -27,8 +27,8 @@ __all__ = ["PlanDifference", "are_plans", "compare_plans", "verify_plans"]
 _SHOWN = 8
 _DIGESTS = "two plans' weights are compared by digest; verify the ONNX files for numbers"
 _NUMBERING = (
-    "the builder may number the tensors of fused products in another order from one build to the next: "
-    "build-trt --like BASE.engine repeats the build until it has the base's"
+    "the builder orders some tensors by their addresses in memory: "
+    "build-trt --like BASE.engine repeats the build at others until it has the base's order"
 )
 _NOT_RUN = "the engines are not run: verify the ONNX files that they were built from"
 
@@ -147,7 +147,11 @@ def compare_plans(base: Path, out: Path) -> PlanDifference:
             "another, so this comparison cannot tell"
         )
         return replace(_with(found, "inconclusive", reason, (_NUMBERING,)), again=True)
-    reason = f"{what}, the first at {int(np.argmax(left)):,}"
+    what = f"{what}, the first at {int(np.argmax(left)):,}"
+    if not manifests[0].memory or manifests[0].memory != manifests[1].memory:
+        reason = f"{what}, but the two builds were not at the same addresses, so this comparison cannot tell"
+        return replace(_with(found, "inconclusive", reason, (_NUMBERING,)), again=True)
+    reason = f"{what}, and both builds were at the same addresses"
     return replace(_with(found, "fail", reason, (_NUMBERING,)), again=True)
 
 

@@ -1,7 +1,9 @@
 """The TensorRT target: a graph and its weights become a plan.
 
-Build order (docs/tensorrt.md): collecting logger, builder, network, parser with our weights, configuration, checked
-profiles, timing cache, serialize. Every step's return value is looked at: TensorRT raises nothing.
+The library does its work in a process of its own (:mod:`loracc.targets.tensorrt_process`), in this order: collecting
+logger, builder, network, parser with our weights, configuration, checked profiles, timing cache, serialize. Every
+step's return value is looked at there: TensorRT raises nothing. Here is decided what it is told, and what its answer
+means.
 
 The weights are handed to the parser one by one (``load_initializer``), so a folded model needs no file on disk and
 there is no 2 GB limit; the plan is the same, byte for byte, as that of a parsed file with the same weights.
@@ -12,16 +14,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-import numpy as np
 import onnx_ir as ir
 
-from loracc.dtypes import Array
 from loracc.errors import InputError, UnsupportedError
 from loracc.passes.encode_weights import encoded
 from loracc.targets.onnx_file import graph_bytes
-from loracc.targets.tensorrt_module import TensorRT
+from loracc.targets.tensorrt_module import TensorRT, complaint
+from loracc.targets.tensorrt_process import Answer, run_worker
 from loracc.targets.tensorrt_profiles import Profile
 from loracc.tensors import dims
 
@@ -44,6 +45,7 @@ class BuildOptions:
         refittable: "none", "adapter" (only ``marked``) or "all".
         marked: Names of the weights that "adapter" marks.
         timing_cache: Bytes of an earlier build's cache, empty to begin one; None without.
+        error_on_timing_cache_miss: Time no tactic: every one must be in the cache.
     """
 
     tf32: bool = False
@@ -54,17 +56,33 @@ class BuildOptions:
     refittable: str = "none"
     marked: Sequence[str] = ()
     timing_cache: bytes | None = None
+    error_on_timing_cache_miss: bool = False
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A serialized engine and the timing cache that its build left."""
+    """A serialized engine that was written.
 
-    data: bytes
+    Attributes:
+        timing_cache: What its build left.
+        memory: A digest of the addresses that the builder found: the next build that finds these gives the same plan.
+            Empty where they are random.
+    """
+
     timing_cache: bytes
+    memory: str
 
 
-def build_plan(trt: TensorRT, model: ir.Model, profiles: Sequence[Profile], options: BuildOptions) -> Plan:
+def build_plan(
+    trt: TensorRT,
+    model: ir.Model,
+    profiles: Sequence[Profile],
+    options: BuildOptions,
+    output: Path,
+    *,
+    attempt: int = 0,
+    fixed: bool = True,
+) -> Plan:
     """Build an engine.
 
     Args:
@@ -72,32 +90,78 @@ def build_plan(trt: TensorRT, model: ir.Model, profiles: Sequence[Profile], opti
         model: What to build; its lazy weights are computed one after the other.
         profiles: From :func:`loracc.targets.tensorrt_profiles.parse_profiles`.
         options: See there.
+        output: Where the plan is written.
+        attempt: The builder's memory is laid out otherwise for each number: it may number tensors in another order.
+        fixed: Ask for fixed addresses.
 
     Raises:
         UnsupportedError: TensorRT cannot parse an operator, or builds nothing; with its own last messages.
         InputError: A weight to be refitted is none that TensorRT knows, or options contradict each other.
     """
-    module = trt.module
-    model = encoded(model)
     _check(trt, options, profiles)
-    builder = module.Builder(trt.logger)
-    network = builder.create_network(0)
-    parser = module.OnnxParser(network, trt.logger)
-    # The parser keeps pointers into these until the plan is made.
-    held = _parse(trt, parser, model)
-    config = _configure(trt, builder, options)
-    for profile in profiles:
-        _add_profile(trt, builder, config, profile)
-    if options.refittable == "adapter":
-        _mark(trt, network, options.marked)
-    # TensorRT for RTX picks its tactics on the user's GPU: there a timing cache is a deprecated no-op.
-    timed = trt.flavor != "rtx"
-    cache = _use_cache(trt, config, options) if timed else None  # must outlive the build
-    plan = builder.build_serialized_network(network, config)
-    del parser, held, cache  # in this order
-    if plan is None:
-        raise UnsupportedError(trt.complaint("TensorRT built no engine."), hint=_hint(trt, options))
-    return Plan(bytes(plan), bytes(config.get_timing_cache().serialize()) if timed else b"")
+    graph, weights = _skeleton(encoded(model))
+    told = {"options": _told(trt, options), "profiles": profiles, "attempt": attempt}
+    cache = options.timing_cache or b""
+    answer = run_worker(trt, told, graph, weights, output, cache=cache, fixed=fixed)
+    if answer.refused is not None:
+        _refuse(trt, options, profiles, answer)
+    return Plan(answer.timing_cache, answer.memory)
+
+
+def _told(trt: TensorRT, options: BuildOptions) -> dict[str, Any]:
+    """The options for the process: equal for two builds that differ in what was folded only."""
+    kept = options.timing_cache is not None
+    return {
+        "workspace": options.workspace,
+        "optimization_level": options.optimization_level,
+        "marked": list(options.marked) if options.refittable == "adapter" else [],
+        # TensorRT for RTX picks its tactics on the user's GPU: there a timing cache is a deprecated no-op.
+        "timed": trt.flavor != "rtx",
+        "flags": {
+            "TF32": options.tf32,
+            "VERSION_COMPATIBLE": options.version_compatible,
+            "STRIP_PLAN": options.strip,
+            # A cache that is kept holds one tactic an operation, and the next build takes that one.
+            "EDITABLE_TIMING_CACHE": kept,
+            "ERROR_ON_TIMING_CACHE_MISS": options.error_on_timing_cache_miss,
+            # REFIT_IDENTICAL is undefined for other weights; STRIP_PLAN alone would set it in silence.
+            "REFIT": options.refittable == "all",
+            "REFIT_INDIVIDUAL": options.refittable == "adapter",
+        },
+    }
+
+
+def _refuse(trt: TensorRT, options: BuildOptions, profiles: Sequence[Profile], answer: Answer) -> NoReturn:
+    """What the process's refusal means, in words."""
+    assert answer.refused is not None
+    step, names = answer.refused["step"], answer.refused["names"]
+
+    def said(what: str) -> str:
+        errors = answer.refused["errors"] if answer.refused else []
+        return "\n  ".join([what, *errors]) if errors else complaint(what, answer.messages)
+
+    if step == "graph":
+        raise UnsupportedError(said("TensorRT's parser cannot read the graph."))
+    if step == "weight":
+        raise UnsupportedError(said(f"TensorRT refuses the weight {names[0]!r}."))
+    if step == "operators":
+        raise UnsupportedError(
+            said("TensorRT cannot build this graph."),
+            hint="An operator that it does not know has to be exported differently, or run in ONNX Runtime.",
+        )
+    if step == "profile":
+        raise UnsupportedError(said(f"TensorRT refuses the profile {profiles[int(names[0]) - 1]}."))
+    if step == "marks":
+        raise InputError(
+            said(f"TensorRT knows no weight of these names, so they cannot be refitted: {', '.join(names)}."),
+            hint="Build with --refittable all.",
+        )
+    if step == "cache":
+        raise InputError(
+            said("--timing-cache: TensorRT refuses it."),
+            hint="It is of another version or another GPU: remove it, and the next build writes a new one.",
+        )
+    raise UnsupportedError(said("TensorRT built no engine."), hint=_hint(trt, options))
 
 
 def _check(trt: TensorRT, options: BuildOptions, profiles: Sequence[Profile]) -> None:
@@ -105,6 +169,11 @@ def _check(trt: TensorRT, options: BuildOptions, profiles: Sequence[Profile]) ->
         raise InputError(
             "--timing-cache: TensorRT for RTX has none; it picks its tactics on the user's GPU.",
             hint="Leave the option out, or build with --flavor tensorrt.",
+        )
+    if options.error_on_timing_cache_miss and not options.timing_cache:
+        raise InputError(
+            "--error-on-timing-cache-miss: there is no timing cache to find the tactics in.",
+            hint="Build the base with --timing-cache FILE first, and name that file here.",
         )
     if options.strip and options.refittable == "none":
         raise InputError(
@@ -123,29 +192,11 @@ def _check(trt: TensorRT, options: BuildOptions, profiles: Sequence[Profile]) ->
         )
 
 
-def _parse(trt: TensorRT, parser: Any, model: ir.Model) -> list[Array]:
-    """Parse the graph with its weights handed over separately; returns the arrays that must stay alive."""
-    graph, weights = _skeleton(model)
-    if not parser.load_model_proto(graph):
-        raise UnsupportedError(_parser_errors(trt, parser, "TensorRT's parser cannot read the graph."))
-    held = []
-    for name, tensor in weights.items():
-        array = _array(tensor)
-        held.append(array)
-        if not parser.load_initializer(name, array.ctypes.data, array.nbytes):
-            raise UnsupportedError(_parser_errors(trt, parser, f"TensorRT refuses the weight {name!r}."))
-    if not parser.parse_model_proto():
-        raise UnsupportedError(
-            _parser_errors(trt, parser, "TensorRT cannot build this graph."),
-            hint="An operator that it does not know has to be exported differently, or run in ONNX Runtime.",
-        )
-    return held
-
-
 def _skeleton(model: ir.Model) -> tuple[bytes, Mapping[str, ir.TensorProtocol]]:
     """The serialized graph whose large weights are references to nowhere, and those weights.
 
     Everything else is inside: the parser looks for no file. A subgraph's weights have no names of their own there.
+    Without the model's own properties, which say who wrote it and what was folded: the same graph, the same bytes.
     """
     weights: dict[str, ir.TensorProtocol] = {}
     places: dict[ir.Value, ir.TensorProtocol] = {}
@@ -157,76 +208,13 @@ def _skeleton(model: ir.Model) -> tuple[bytes, Mapping[str, ir.TensorProtocol]]:
         places[value] = ir.ExternalTensor(
             "handed-over-in-memory", 0, tensor.nbytes, tensor.dtype, shape=ir.Shape(dims(tensor)), name=name
         )
-    return graph_bytes(model, places, Path("the graph")), weights
-
-
-def _array(tensor: ir.TensorProtocol) -> Array:
-    """The bytes that the parser is to read; types of less than a byte are packed."""
-    if tensor.dtype.bitwidth < 8:
-        return np.frombuffer(tensor.tobytes(), np.uint8)
-    return np.ascontiguousarray(tensor.numpy())
-
-
-def _configure(trt: TensorRT, builder: Any, options: BuildOptions) -> Any:
-    module = trt.module
-    config = builder.create_builder_config()
-    config.profiling_verbosity = module.ProfilingVerbosity.DETAILED
-    flags = {
-        "TF32": options.tf32,
-        "VERSION_COMPATIBLE": options.version_compatible,
-        "STRIP_PLAN": options.strip,
-        # A cache that is kept holds one tactic an operation, and the next build takes that one.
-        "EDITABLE_TIMING_CACHE": options.timing_cache is not None and trt.flavor != "rtx",
-        # REFIT_IDENTICAL is undefined for other weights; STRIP_PLAN alone would set it in silence.
-        "REFIT": options.refittable == "all",
-        "REFIT_INDIVIDUAL": options.refittable == "adapter",
-    }
-    for name, wanted in flags.items():
-        flag = getattr(module.BuilderFlag, name)
-        (config.set_flag if wanted else config.clear_flag)(flag)
-    if options.workspace is not None:
-        config.set_memory_pool_limit(module.MemoryPoolType.WORKSPACE, options.workspace)
-    if options.optimization_level is not None:
-        config.builder_optimization_level = options.optimization_level
-    return config
-
-
-def _use_cache(trt: TensorRT, config: Any, options: BuildOptions) -> Any:
-    cache = config.create_timing_cache(options.timing_cache or b"")
-    if cache is None or not config.set_timing_cache(cache, False):
-        raise InputError(
-            trt.complaint("--timing-cache: TensorRT refuses it."),
-            hint="It is of another version or another GPU: remove it, and the next build writes a new one.",
-        )
-    return cache
-
-
-def _add_profile(trt: TensorRT, builder: Any, config: Any, shapes: Profile) -> None:
-    profile = builder.create_optimization_profile()
-    for name, (low, best, high) in shapes.items():
-        profile.set_shape(name, low, best, high)
-    if config.add_optimization_profile(profile) < 0:
-        raise UnsupportedError(trt.complaint(f"TensorRT refuses the profile {shapes}."))
-
-
-def _mark(trt: TensorRT, network: Any, names: Sequence[str]) -> None:
-    refused = [name for name in names if not network.mark_weights_refittable(name)]
-    if refused:
-        raise InputError(
-            trt.complaint(
-                f"TensorRT knows no weight of these names, so they cannot be refitted: {', '.join(refused)}."
-            ),
-            hint="Build with --refittable all.",
-        )
-
-
-def _parser_errors(trt: TensorRT, parser: Any, what: str) -> str:
-    errors = [parser.get_error(index) for index in range(parser.num_errors)]
-    said = [f"{error.node_operator()} {error.node_name()!r}: {error.desc()}".strip() for error in errors]
-    return "\n  ".join([what, *said]) if said else trt.complaint(what)
+    bare = ir.Model(model.graph, ir_version=model.ir_version, functions=tuple(model.functions.values()))
+    return graph_bytes(bare, places, Path("the graph")), weights
 
 
 def _hint(trt: TensorRT, options: BuildOptions) -> str | None:
+    if options.error_on_timing_cache_miss:
+        return "The timing cache may lack a tactic: build the base once more without --error-on-timing-cache-miss."
     if trt.flavor == "rtx" and (options.refittable != "none" or options.strip):
         return "TensorRT for RTX builds refittable and stripped engines only on a machine with a GPU."
     return None

@@ -77,6 +77,8 @@ class Manifest:
         options: What the builder was told.
         repeats: Of repeated builds of this model: "builds", and in how many bytes they "differ"; empty if not known.
         weights: By initializer.
+        memory: A digest of the addresses that the builder found, by which it orders some tensors; empty where they were
+            random, or are not known.
         loracc: Version of loracc.
     """
 
@@ -94,6 +96,7 @@ class Manifest:
     options: Mapping[str, Any]
     repeats: Mapping[str, int] = field(default_factory=dict)
     weights: Mapping[str, WeightPlace] = field(default_factory=dict)
+    memory: str = ""
     loracc: str = ""
 
     def to_json(self) -> dict[str, Any]:

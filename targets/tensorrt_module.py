@@ -7,12 +7,14 @@ compiling on the user's GPU. Everything else in loracc is written against the mo
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from loracc.errors import InputError, require
+from loracc.errors import InputError, UnsupportedError, require
+from loracc.targets.tensorrt_worker import collector
 
-__all__ = ["FLAVORS", "TensorRT", "load_flavor"]
+__all__ = ["FLAVORS", "TensorRT", "complaint", "load_flavor"]
 
 #: ``--flavor`` -> import name.
 FLAVORS = {"tensorrt": "tensorrt", "rtx": "tensorrt_rtx"}
@@ -41,9 +43,14 @@ class TensorRT:
 
     def complaint(self, what: str) -> str:
         """``what``, followed by the library's own last warnings and errors."""
-        said = [text for severity, text in self.logger.messages if severity in ("ERROR", "INTERNAL_ERROR")]
-        said = said or [text for severity, text in self.logger.messages if severity == "WARNING"]
-        return "\n  ".join([what, *said[-_QUOTED:]])
+        return complaint(what, self.logger.messages)
+
+
+def complaint(what: str, messages: Sequence[tuple[str, str]]) -> str:
+    """``what``, followed by the last of the errors among (severity, text), or of the warnings where there are none."""
+    said = [text for severity, text in messages if severity in ("ERROR", "INTERNAL_ERROR")]
+    said = said or [text for severity, text in messages if severity == "WARNING"]
+    return "\n  ".join([what, *said[-_QUOTED:]])
 
 
 def load_flavor(flavor: str | None) -> TensorRT:
@@ -51,25 +58,19 @@ def load_flavor(flavor: str | None) -> TensorRT:
 
     Raises:
         MissingExtraError: It is not installed; the message names the ``pip install`` line.
+        UnsupportedError: It is installed and does not load.
         InputError: The name is no flavour.
     """
     if flavor is None:
         flavor = next((name for name, module in FLAVORS.items() if importlib.util.find_spec(module)), "tensorrt")
     if flavor not in FLAVORS:
         raise InputError(f"flavor {flavor!r}: expected one of {', '.join(FLAVORS)}.")
-    module = require(FLAVORS[flavor], "build TensorRT engines")
-    return TensorRT(flavor, module, _collector(module))
-
-
-def _collector(module: Any) -> Any:
-    class Collector(module.ILogger):  # type: ignore[misc]
-        """Failures of TensorRT are return values; why is only ever logged."""
-
-        def __init__(self) -> None:
-            module.ILogger.__init__(self)
-            self.messages: list[tuple[str, str]] = []
-
-        def log(self, severity: Any, message: str) -> None:
-            self.messages.append((severity.name, message))
-
-    return Collector()
+    try:
+        module = require(FLAVORS[flavor], "build TensorRT engines")
+    except (ImportError, OSError) as error:  # a shared library that it links is missing, or is another version
+        why = (str(error).strip() or type(error).__name__).splitlines()[-1]
+        raise UnsupportedError(
+            f"{FLAVORS[flavor]} is installed and cannot be loaded: {why}.",
+            hint=f"Reinstall it: pip install --force-reinstall {FLAVORS[flavor].replace('_', '-')}",
+        ) from error
+    return TensorRT(flavor, module, collector(module))

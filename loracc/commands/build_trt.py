@@ -41,6 +41,11 @@ Examples:
 @click.option("--tf32/--no-tf32", default=False, show_default=True, help="Allow TF32 in float32 products.")
 @click.option("--optimization-level", type=click.IntRange(0, 5), help="The builder's effort.")
 @click.option("--timing-cache", type=click.Path(), help="Read if it is there, and written: same tactics next time.")
+@click.option(
+    "--error-on-timing-cache-miss",
+    is_flag=True,
+    help="Time nothing: fail where the cache lacks a tactic (for a folded engine, with the cache of its base).",
+)
 @click.option("--strip", is_flag=True, help="Leave the weights out of the engine.")
 @click.option(
     "--refittable",
