@@ -49,7 +49,9 @@ def test_plans_of_switchable_graphs_are_compared(here: Path, capsys: pytest.Capt
     ranked = ["--max-rank", "2"]
     assert run(["fold", "base.onnx", "adapter", "-o", "folded.onnx", "--quiet"]) == 0
     for name in ("base", "folded"):
-        assert run(["attach", f"{name}.onnx", "adapter", "--as", "inputs", "-o", f"{name}-at.onnx", "--quiet"]) == 0
+        assert (
+            run(["attach", f"{name}.onnx", "adapter", "--as", "inputs", "-o", f"{name}-at.onnx", "-q", "--force"]) == 0
+        )
         assert build(f"{name}-at.onnx", "-o", f"{name}.engine", *ranked) == 0
     assert build("base-at.onnx", "--adapter", "adapter", "-o", "memory.engine", *ranked) == 0
     assert Path("memory.engine").read_bytes() == Path("folded.engine").read_bytes()
