@@ -13,7 +13,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from loracc.deferred import defer_sympy
+from loracc.deferred import defer_imports
 
 if TYPE_CHECKING:
     from loracc.adapter import Adapter as Adapter
@@ -45,7 +45,7 @@ _HOME = {
     "verify": "loracc.proving",
 }
 
-defer_sympy()
+defer_imports()
 
 __all__ = [
     "Adapter",

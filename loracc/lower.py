@@ -11,7 +11,6 @@ from loracc.folded import FoldedTensor
 from loracc.model import BaseModel
 from loracc.passes.fold import FoldPass
 from loracc.passes.link_biases import LinkBiases
-from loracc.passes.retype import RetypePass, recast
 from loracc.passes.unshare import Clone, UnsharePass
 from loracc.sites import SiteTable, write_records
 
@@ -55,6 +54,8 @@ def _unshared(graph: ir.Model, clones: Sequence[Clone]) -> Iterator[str]:
 
 
 def _change_dtype(graph: ir.Model, dtype: ir.DataType, *, traced: bool) -> None:
+    from loracc.passes.retype import RetypePass, recast  # with ONNX's schemas, which no checkpoint needs
+
     if traced:
         RetypePass(dtype, sources=_FLOATS)(graph)
         return
