@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import onnx_ir as ir
@@ -24,6 +24,7 @@ from loracc.tokenizing import read_lines, tokenizer_for
 
 __all__ = ["Batch", "calibration_batches", "digest_of"]
 
+T = TypeVar("T")
 _BATCH = 8
 #: At least this many batches, so that some can be held out.
 _FEWEST = 4
@@ -32,8 +33,8 @@ _LONGEST = 256
 _MADE_UP = 16
 #: A configuration's names for the number of positions.
 _POSITIONS = ("max_position_embeddings", "n_positions")
-#: More samples than these are thinned out evenly.
-_MOST = 512
+#: More samples than these are thinned out evenly; of lines of text so many more as make up the tokens.
+_MOST, _MOST_SHORT, _ENOUGH = 512, 2048, 32768
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ def _from_arrays(model: BaseModel, path: Path) -> list[Mapping[str, Array]]:
         raise InputError(f"{path}: the arrays do not have one number of samples along their first axis: {shapes}.")
     count = counts.pop()
     if count > _MOST:
-        kept = _spread(count)
+        kept = np.array(_spread(range(count), _MOST))
         arrays = {name: array[kept] if array.ndim else array for name, array in arrays.items()}
         count = _MOST
     size = _fixed_batch(wanted) or min(_BATCH, max(1, count // _FEWEST))
@@ -125,9 +126,14 @@ def _from_arrays(model: BaseModel, path: Path) -> list[Mapping[str, Array]]:
     return batches
 
 
-def _spread(count: int) -> Array:
-    """Indices of the samples that are used."""
-    return np.arange(_MOST) * count // _MOST
+def _spread(samples: Sequence[T], most: int) -> list[T]:
+    """At most so many of the samples, evenly.
+
+    >>> _spread("abcdefg", 3)
+    ['a', 'c', 'e']
+    """
+    count = len(samples)
+    return [samples[place * count // most] for place in range(most)] if count > most else list(samples)
 
 
 def _fixed_batch(values: Sequence[ir.Value]) -> int | None:
@@ -144,11 +150,12 @@ def _cut(arrays: Mapping[str, Array], lo: int, hi: int) -> dict[str, Array]:
 
 
 def _from_text(model: BaseModel, path: Path, tokenizer: Path | None) -> list[Mapping[str, Array]]:
-    lines = _lines(path)
+    lines = read_lines(path)
     tokens = tokenizer_for(model, tokenizer)
     wanted = fed(model.ir)
     length = _fixed_length(wanted)
     size = _fixed_batch(wanted) or min(_BATCH, max(1, len(lines) // _FEWEST))
+    lines = _spread(lines, _most(tokens, lines))
     longest = min(int(tokens.model_max_length), _positions(tokenizer or model.path), _LONGEST)
     return list(_tokenized(tokens, lines, wanted, size, length, longest))
 
@@ -166,9 +173,12 @@ def _positions(path: Path) -> int:
     return min((size for size in found if isinstance(size, int) and size > 0), default=_LONGEST)
 
 
-def _lines(path: Path) -> list[str]:
-    lines = read_lines(path)
-    return [lines[int(index)] for index in _spread(len(lines))] if len(lines) > _MOST else lines
+def _most(tokens: Any, lines: Sequence[str]) -> int:
+    """How many lines are used: more of short ones, as many as make the tokens that are enough."""
+    some = _spread(lines, _MOST)
+    counted = tokens(some, truncation=True, max_length=_LONGEST)["input_ids"]
+    mean = max(1, sum(len(ids) for ids in counted) // len(some))
+    return min(max(_MOST, _ENOUGH // mean), _MOST_SHORT)
 
 
 def _fixed_length(values: Sequence[ir.Value]) -> int | None:

@@ -33,7 +33,7 @@ from tests.benchmarks.tiny_language_models import adapter_folder, base_folder, h
 __all__ = ["language_rows", "minilm_case", "minilm_rows"]
 
 _TRIPLE = "unfused | nearest | calibrated"
-_SAMPLES, _ROWS, _LENGTH = 512, 48, 96
+_ROWS, _LENGTH = 48, 96
 
 
 def fold(base: Path, adapter: Path, out: Path, *options: object) -> tuple[float, dict[str, Any]]:
@@ -62,19 +62,17 @@ def relative(ours: Array, reference: Array) -> float:
 # -------------------------------------------------------------------------------------------------------------- MiniLM
 
 
-def minilm_case(work: Path) -> tuple[Path, Path, Path, int]:
-    """MiniLM in bfloat16, the sample's adapter, text to calibrate with, and how many tokens that is."""
+def minilm_case(work: Path) -> tuple[Path, Path, Path]:
+    """MiniLM in bfloat16, the sample's adapter, and text to calibrate with."""
     from samples.minilm.dataset import training_pairs
-    from samples.minilm.encoders import load_tokenizer
     from samples.minilm.main import ADAPTER
     from samples.minilm.weights import minilm_folder
 
     text, found = work / "minilm.txt", training_pairs()
-    lines = [pair.query for pair in found[:: max(1, len(found) // _SAMPLES)][:_SAMPLES]]
+    lines = [pair.query for pair in found]
     text.write_text("\n".join(lines), encoding="utf-8")
     base = _stored(minilm_folder(), work / "minilm-bf16", "bf16")
-    tokens = sum(len(ids) for ids in load_tokenizer(base)(lines)["input_ids"])
-    return base, ADAPTER, text, tokens
+    return base, ADAPTER, text
 
 
 def minilm_rows(work: Path) -> Iterator[str]:
@@ -84,7 +82,7 @@ def minilm_rows(work: Path) -> Iterator[str]:
     from samples.minilm.evaluate import embed, mrr
     from samples.minilm.weights import minilm_folder
 
-    (_, adapter, text, _), pairs = minilm_case(work), held_out_pairs()
+    (_, adapter, text), pairs = minilm_case(work), held_out_pairs()
     queries = [pair.query for pair in pairs]
     yield "| base → output | nearest | calibrated | times less | MRR unfused | nearest | calibrated | seconds |"
     yield f"|{'---|' * 8}"
@@ -140,7 +138,7 @@ def language_rows(kind: str, work: Path, *, steps: tuple[int, int]) -> Iterator[
     adapter = adapter_folder(base, work / f"{kind}-adapter", steps=steps[1])
     text = work / "numpy.txt"
     lines = training_text()
-    text.write_text("\n".join(lines[:: max(1, len(lines) // _SAMPLES)][:_SAMPLES]), encoding="utf-8")
+    text.write_text("\n".join(lines), encoding="utf-8")
     rows = _held_out(base)
     exact, plain = work / f"{kind}-exact.onnx", work / f"{kind}-float.onnx"
     fold(base, adapter, exact, "--dtype", "fp32")
