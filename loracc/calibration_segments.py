@@ -45,7 +45,8 @@ class Segments:
         self._kept = [
             [value for value, place in born.items() if place < end <= last.get(value, -1)] for end in (0, *ends)
         ]
-        self._values = {str(value.name): value for value in born}
+        outputs = (value for node in model.graph for value in node.outputs)
+        self._values = {str(value.name): value for value in (*model.graph.inputs, *outputs)}
 
     def entering(self, number: int) -> list[str]:
         """Names of the values that segment ``number`` and those behind it need from before it."""
@@ -56,10 +57,12 @@ class Segments:
 
         Args:
             number: Which segment.
-            taps: Names of values that are to be outputs, unless they enter the segment.
+            taps: Names of float values that are to be outputs, unless they enter the segment.
             leave: Compute too what the segments behind it need.
         """
         wanted = [self._values[name] for name in taps]
+        for value in wanted:  # a layer's input or output, whatever the graph does not say
+            value.type = value.type or ir.TensorType(ir.DataType.FLOAT)
         if leave:
             wanted += self._kept[number + 1]
         entering = set(self._kept[number])
