@@ -1,8 +1,8 @@
 """Deltas and adapters: the change at one site, kept symbolic, and the named collection of them.
 
-A :class:`Delta` knows how to change a weight in canonical orientation (see :mod:`loracc.algebra`) without anybody
-forming ΔW whole: ``apply_slab`` changes the part of the weight between two indices of one axis. That is what lets a
-fold run in the memory of one tile and in any storage layout.
+A :class:`Delta` knows how to change a weight in canonical orientation (see :mod:`loracc.algebra.low_rank`) without
+anybody forming ΔW whole: ``apply_slab`` changes the part of the weight between two indices of one axis. That is what
+lets a fold run in the memory of one tile and in any storage layout.
 """
 
 from __future__ import annotations

@@ -13,6 +13,8 @@ import onnx_ir as ir
 from loracc.dtypes import Array
 from loracc.errors import InputError
 from loracc.progress import Progress
+from loracc.proof.latency import margin_of
+from loracc.proof.ratio import Ratio, Ruling, estimate, rule
 from loracc.sample_inputs import check_inputs, fed, random_inputs
 from loracc.sources import load_model
 from loracc.sources.onnx_model import read_graph
@@ -20,8 +22,6 @@ from loracc.sources.sniff import sniff
 from loracc.sources.user_inputs import read_npz
 from loracc.targets.tensorrt_manifest import PLANS, input_graph, read_manifest
 from loracc.timing_job import TimedModel, time_models
-from loracc.verify_latency import margin_of
-from loracc.verify_ratio import Ratio, Ruling, estimate, rule
 
 __all__ = ["BenchOptions", "bench_models"]
 

@@ -10,7 +10,7 @@ from typing import ClassVar
 import numpy as np
 
 from loracc.adapter import Delta, ReadSlab, slab_index
-from loracc.algebra import add_low_rank, dora_factor, dora_norm_terms, low_rank, stacked_low_rank
+from loracc.algebra.low_rank import add_low_rank, dora_factor, dora_norm_terms, low_rank, stacked_low_rank
 from loracc.dtypes import Array
 from loracc.errors import UnsupportedError
 

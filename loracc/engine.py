@@ -193,7 +193,7 @@ def _all_profiles(model: BaseModel, profiles: Sequence[str], max_rank: int | Non
 
 def _is_like(other: Path, built: Path, *, last: bool) -> bool:
     """Whether two plans are equal outside their weights; raises where another build cannot or did not help."""
-    from loracc.verify_plans import compare_plans
+    from loracc.proof.plans import compare_plans
 
     found = compare_plans(other, built)
     if found.verdict == "pass":

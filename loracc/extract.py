@@ -16,7 +16,7 @@ import numpy as np
 import onnx_ir as ir
 
 from loracc.adapter import Entry
-from loracc.algebra_svd import truncated_svd
+from loracc.algebra.svd import truncated_svd
 from loracc.deltas import LowRank, Replacement
 from loracc.dtypes import Array, all_finite, is_float
 from loracc.errors import InputError, NumericsError

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from loracc.algebra import low_rank_norm
+from loracc.algebra.low_rank import low_rank_norm
 from loracc.blas import one_blas_thread
 from loracc.calibrated import CalibratedTensor, Gain
 from loracc.calibrated_codes import CalibratedCodes

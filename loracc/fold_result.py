@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     from loracc.errors import CheckFailed
     from loracc.estimate import Estimate
-    from loracc.verdict import Verification
+    from loracc.proof.verdict import Verification
 
 __all__ = ["FoldResult"]
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
     from loracc.adapter import Adapter
-    from loracc.calibrate import Calibration
+    from loracc.calibration.calibrate import Calibration
     from loracc.job import Job
     from loracc.model import BaseModel
     from loracc.passes.bind_adapter import BindResult
@@ -98,7 +98,7 @@ def rounded(lowered: Lowered, spec: RoundingSpec | None, job: Job, traced: Calla
     if spec is None:
         yield lowered
         return
-    from loracc.calibrated_fold import calibrated_model
+    from loracc.calibration.fold import calibrated_model
 
     graph = lowered.model if lowered.model.traced else traced().model
     with calibrated_model(lowered.model, graph, spec, job.progress) as (model, found):

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from loracc.algebra import low_rank_norm
+from loracc.algebra.low_rank import low_rank_norm
 from loracc.deltas import LowRank
 from loracc.dtypes import Array, all_finite, round_to
 from loracc.errors import BindingError, NumericsError

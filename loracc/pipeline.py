@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from loracc.job import Job
     from loracc.model import BaseModel
     from loracc.progress import Progress
-    from loracc.verdict import Verification
+    from loracc.proof.verdict import Verification
 
 __all__ = ["FoldResult", "fold"]
 
@@ -68,7 +68,7 @@ def fold(
         combine: How several adapters become one (:mod:`loracc.combine`); None is their exact sum.
         density, rank, seed: Of ``combine``: see :class:`loracc.combine.CombineOptions`.
         dtype: "fp32", "fp16" or "bf16": dtype of the weights written; the model's own when None.
-        rounding: "nearest", or "calibrated" (:mod:`loracc.calibrate`), which is the default with ``calibrate``.
+        rounding: "nearest", or "calibrated" (:mod:`loracc.calibration`), which is the default with ``calibrate``.
         calibrate: ``.npz`` of model inputs or text, a sample a line, to calibrate the rounding with.
         tokenizer: Folder of the tokenizer for that text, where it is not the model's own.
         external: Where an ``.onnx`` keeps its weights: "auto", "inline", "data" or "link".
@@ -112,7 +112,7 @@ def fold(
 
         lowered = lower_again(loaded)
         if spec is not None:
-            from loracc.calibrate import check_folds
+            from loracc.calibration.calibrate import check_folds
 
             check_folds(lowered.model.ir)
         found = lowered.bound.bindings
@@ -172,8 +172,8 @@ def _write(lowered: Lowered, job: Job, inputs: Sequence[Path], *, force: bool, v
 
 def _verify_staged(lowered: Lowered, path: Path, job: Job) -> Verification:
     """Judge what was written, where it was written; raise when a check says no."""
-    from loracc.verification import VerifyOptions
-    from loracc.verification import verify as judge
+    from loracc.proof.verification import VerifyOptions
+    from loracc.proof.verification import verify as judge
 
     made = load(path, {}, graph=job.target.needs_graph)
     options = VerifyOptions(dtype=job.dtype, raised_from=lowered.raised_from, calibrated=bool(lowered.rounding))

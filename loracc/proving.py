@@ -16,8 +16,8 @@ from loracc.recorded import found_inputs, recorded_rounding
 if TYPE_CHECKING:
     from loracc.model import BaseModel
     from loracc.progress import Progress
+    from loracc.proof.verdict import Verification
     from loracc.task_data import TaskData
-    from loracc.verdict import Verification
 
 __all__ = ["verify"]
 
@@ -82,15 +82,15 @@ def verify(
     Raises:
         LoraccError: The input or the call is wrong. A check that says no raises nothing: see ``verdict``.
     """
-    from loracc.coverage import coverage_of
     from loracc.formats import parse_adapter_spec
     from loracc.lower import lower
+    from loracc.proof.coverage import coverage_of
+    from loracc.proof.plans import are_plans, verify_plans
+    from loracc.proof.verification import VerifyOptions
+    from loracc.proof.verification import verify as judge
     from loracc.reports.report_body import gathered
     from loracc.reports.report_files import check_reports
     from loracc.targets import target_for
-    from loracc.verification import VerifyOptions
-    from loracc.verification import verify as judge
-    from loracc.verify_plans import are_plans, verify_plans
 
     if base is None:
         base, adapters, recorded = found_inputs(output, search, adapters, options)

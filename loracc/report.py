@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from loracc.estimate import Estimate
     from loracc.extract import ExtractResult
     from loracc.pipeline import FoldResult
+    from loracc.proof.verdict import Verification
     from loracc.switching.request import AttachResult
     from loracc.unfolding import UnfoldResult
-    from loracc.verdict import Verification
 
 __all__ = [
     "print_attached",

@@ -31,7 +31,7 @@ from loracc.triton_config import TritonSettings, batch_symbol, fed, model_config
 if TYPE_CHECKING:
     from loracc.folded import Binding
     from loracc.model import BaseModel
-    from loracc.verdict import Verification
+    from loracc.proof.verdict import Verification
 
 __all__ = ["repository_files", "rows_are_independent", "write_repository"]
 
@@ -185,7 +185,7 @@ def _write_model(model: BaseModel, path: Path, settings: TritonSettings) -> None
 
 
 def _judged(name: str, base: BaseModel, path: Path, bindings: Sequence[Binding]) -> Verification:
-    from loracc.verification import verify
+    from loracc.proof.verification import verify
 
     result = verify(base, path, bindings)
     if result.verdict == "fail":

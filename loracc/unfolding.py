@@ -141,8 +141,8 @@ def _compared(base: BaseModel, made: BaseModel, record: Provenance) -> tuple[lis
     Raises:
         CheckFailed: Something else differs.
     """
-    from loracc.verify_structure import compare_checkpoints, compare_graphs
-    from loracc.verify_weights import same_bytes
+    from loracc.proof.structure import compare_checkpoints, compare_graphs
+    from loracc.proof.weights import same_bytes
 
     folded = [str(row["initializer"]) for row in record.sites]
     if "dtype" in record.options:

@@ -19,7 +19,7 @@ import numpy as np
 import onnx_ir as ir
 
 from loracc.adapter import Delta
-from loracc.algebra import dora_norm_terms
+from loracc.algebra.low_rank import dora_norm_terms
 from loracc.deltas import DoRA, LowRank
 from loracc.dtypes import Array
 from loracc.passes.linear_forms import Product

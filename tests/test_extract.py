@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import loracc
-from loracc.algebra_svd import truncated_svd
+from loracc.algebra.svd import truncated_svd
 from loracc.cli import run
 from loracc.extract import extract_adapter
 from tests.models import adapted, build

@@ -7,7 +7,7 @@ from pathlib import Path
 import onnx_ir as ir
 import pytest
 
-from loracc.verification import VerifyOptions, verify
+from loracc.proof.verification import VerifyOptions, verify
 from tests.mutants import FAULTS, Fault, base_of, bindings_of, random_fold, right
 from tests.verifying import write
 

@@ -19,7 +19,7 @@ from loracc.errors import CheckFailed, InputError
 from loracc.provenance import Identity, Provenance, weights_digest
 from loracc.sources import load_model
 from tests.models import FAMILIES, adapted, build, save_base
-from tests.test_verify_faults import put, tensor
+from tests.proof.test_faults import put, tensor
 from tests.verifying import build as build_graph
 
 pytestmark = [

@@ -11,17 +11,17 @@ import onnx_ir as ir
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loracc.calibrate_codes import round_codes
-from loracc.calibrate_weight import CalibrateOptions
+from loracc.calibration.codes import round_codes
+from loracc.calibration.second_moments import Moments, Sums
+from loracc.calibration.weight import CalibrateOptions
 from loracc.deltas import LowRank
 from loracc.encodings.decoded import DecodedTensor
 from loracc.encodings.encoded_weight import EncodedWeight
 from loracc.encodings.grid import Blocks
 from loracc.folded import Binding
+from loracc.proof.chosen_codes import STEPS
 from loracc.requantized import RequantizedTensor
-from loracc.second_moments import Moments, Sums
 from loracc.sites import Layout, Site
-from loracc.verify_chosen_codes import STEPS
 
 BITS = 2
 LOW, HIGH = 0, (1 << BITS) - 1

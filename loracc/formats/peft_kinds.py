@@ -20,8 +20,8 @@ from pathlib import Path
 import numpy as np
 
 from loracc.adapter import Delta, Entry
-from loracc.algebra import lora_scale
-from loracc.algebra_products import block_diagonal
+from loracc.algebra.low_rank import lora_scale
+from loracc.algebra.products import block_diagonal
 from loracc.deltas import Addition, DoRA, LowRank
 from loracc.dtypes import Array
 from loracc.errors import InputError, UnsupportedError

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from loracc.algebra import lora_scale
+from loracc.algebra.low_rank import lora_scale
 from loracc.errors import InputError
 from loracc.formats.adapter_options import AdapterOptions
 

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from loracc.algebra_products import circulant_blocks
+from loracc.algebra.products import circulant_blocks
 from loracc.dtypes import Array
 from loracc.kinds.base import Scaled
 

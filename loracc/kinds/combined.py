@@ -9,8 +9,8 @@ from typing import ClassVar
 import numpy as np
 
 from loracc.adapter import Delta
-from loracc.algebra_merging import dare_linear, dare_ties, magnitude_prune, task_arithmetic, ties
-from loracc.algebra_svd import truncated_svd
+from loracc.algebra.merging import dare_linear, dare_ties, magnitude_prune, task_arithmetic, ties
+from loracc.algebra.svd import truncated_svd
 from loracc.dtypes import Array
 
 __all__ = ["Combined", "Recipe", "mix"]

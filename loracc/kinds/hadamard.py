@@ -8,7 +8,7 @@ from typing import ClassVar
 import numpy as np
 
 from loracc.adapter import slab_index
-from loracc.algebra_products import hadamard, tucker
+from loracc.algebra.products import hadamard, tucker
 from loracc.dtypes import Array
 from loracc.kinds.base import Scaled
 

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from loracc.algebra_products import kronecker, tucker
+from loracc.algebra.products import kronecker, tucker
 from loracc.dtypes import Array
 from loracc.kinds.base import Scaled
 

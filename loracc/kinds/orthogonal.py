@@ -9,7 +9,7 @@ from typing import ClassVar
 import numpy as np
 
 from loracc.adapter import Delta, ReadSlab
-from loracc.algebra_rotations import butterfly_permutation, cayley, rotate_blocks
+from loracc.algebra.rotations import butterfly_permutation, cayley, rotate_blocks
 from loracc.dtypes import Array
 from loracc.kinds.base import SlabLocal, no_strength
 

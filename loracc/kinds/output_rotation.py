@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from loracc.algebra_rotations import cayley
+from loracc.algebra.rotations import cayley
 from loracc.dtypes import Array
 from loracc.kinds.base import SlabLocal
 

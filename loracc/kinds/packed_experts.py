@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from loracc.adapter import Delta
-from loracc.algebra import expert_factors
+from loracc.algebra.low_rank import expert_factors
 from loracc.deltas import LowRank, StackedLowRank
 from loracc.dtypes import Array
 from loracc.errors import BindingError

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from loracc.adapter import Delta
-from loracc.algebra_rotations import (
+from loracc.algebra.rotations import (
     cayley,
     cayley_neumann,
     constrained_skew,

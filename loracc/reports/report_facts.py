@@ -10,10 +10,10 @@ import onnx_ir as ir
 
 from loracc.dtypes import Array, is_float
 from loracc.folded import Binding, FoldedTensor
+from loracc.proof.oracle import half_ulp
 from loracc.reports.report_spectrum import spectrum_of
 from loracc.requantized import RequantizedTensor
 from loracc.tensors import dims, read_rows, tile_rows
-from loracc.verify_oracle import half_ulp
 
 __all__ = ["delta_facts", "rounding_errors"]
 

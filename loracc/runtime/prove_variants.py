@@ -1,7 +1,7 @@
 """The proof of a deployment: what was written is the base, and every stored variant is it with an adapter folded in.
 
-The same judges as for ``loracc fold`` (:mod:`loracc.verification`), on what a session will be made of: the graph read
-back from its file, with the deltas read back from theirs.
+The same judges as for ``loracc fold`` (:mod:`loracc.proof.verification`), on what a session will be made of: the graph
+read back from its file, with the deltas read back from theirs.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from loracc.errors import CheckFailed
 from loracc.folded import Binding
 from loracc.model import BaseModel, LoadOptions
 from loracc.passes.encode_weights import encoded
+from loracc.proof.structure import compare_graphs
+from loracc.proof.verdict import Verification
+from loracc.proof.verification import VerifyOptions, verify
+from loracc.proof.weights import check_weights
 from loracc.runtime.variant_graph import variant_graph
 from loracc.sources import load_model
 from loracc.targets.onnx_file import write_onnx
-from loracc.verdict import Verification
-from loracc.verification import VerifyOptions, verify
-from loracc.verify_structure import compare_graphs
-from loracc.verify_weights import check_weights
 
 __all__ = ["prove_base", "prove_variant"]
 

@@ -15,10 +15,10 @@ from loracc.errors import InputError
 from loracc.manifest import ADAPTER_IDS, Manifest
 from loracc.passes.attach_batched import AttachBatchedPass
 from loracc.passes.delta_points import refuse_other_kinds
+from loracc.proof.attached import Trial
 from loracc.slot_layout import empty_stack, slot_parts, slot_places, stack_shapes
 from loracc.switching.lowered import attached_base, finished, write_attached
 from loracc.switching.request import AttachRequest, AttachResult, Bound, union_of_sites
-from loracc.verify_attached import Trial
 
 __all__ = ["make"]
 

@@ -12,10 +12,10 @@ from loracc.manifest import Manifest
 from loracc.packed_factors import Packed, pack
 from loracc.passes.attach_inputs import AttachInputsPass
 from loracc.passes.delta_points import refuse_other_kinds
+from loracc.proof.attached import Trial
 from loracc.switching.lowered import attached_base, finished, write_attached
 from loracc.switching.request import AttachRequest, AttachResult, union_of_sites
 from loracc.switching.sums import Part, parse_sums, summed
-from loracc.verify_attached import Trial
 
 __all__ = ["make"]
 

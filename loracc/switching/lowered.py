@@ -14,11 +14,11 @@ from loracc.facts import SiteFacts, site_facts
 from loracc.folded import FoldedTensor, clear_bindings
 from loracc.manifest import weights_digest
 from loracc.passes.retype import RetypePass
+from loracc.proof.attached import AttachedBase, More, Trial, verify_attached
+from loracc.proof.verdict import Verification
 from loracc.sites import write_records
 from loracc.switching.request import AttachRequest, AttachResult
 from loracc.targets.onnx_file import stamp
-from loracc.verdict import Verification
-from loracc.verify_attached import AttachedBase, More, Trial, verify_attached
 
 __all__ = ["AttachedTo", "attached_base", "finished", "write_attached"]
 

@@ -16,12 +16,12 @@ from loracc.model import BaseModel
 from loracc.packed_factors import Packed, pack
 from loracc.passes.delta_nodes import detach
 from loracc.passes.delta_points import refuse_other_kinds
+from loracc.proof.attached import AttachedBase, Trial, verify_attached
+from loracc.proof.verdict import Verification
 from loracc.sites import SiteTable
 from loracc.staging import Staging, check_destination
 from loracc.switching.request import AttachResult, Bound
 from loracc.switching.sums import Part, summed
-from loracc.verdict import Verification
-from loracc.verify_attached import AttachedBase, Trial, verify_attached
 
 __all__ = ["OneMore", "write_one_more"]
 

@@ -12,13 +12,13 @@ from loracc.folded import Binding
 from loracc.formats.bound_deltas import read_bindings, write_bindings
 from loracc.lower import folded_tensors
 from loracc.model import BaseModel, LoadOptions
+from loracc.proof.verdict import Verification
 from loracc.runtime.digests import digest_file, digest_of_bytes
 from loracc.runtime.manifest import Variant
 from loracc.runtime.prove_variants import prove_base, prove_variant
 from loracc.runtime.variant_graph import variant_graph
 from loracc.sources import load_model
 from loracc.switching.request import Bound
-from loracc.verdict import Verification
 
 __all__ = ["VariantFiles"]
 

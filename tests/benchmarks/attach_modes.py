@@ -26,10 +26,10 @@ import numpy as np
 
 import loracc
 from loracc.dtypes import Array
+from loracc.proof.ratio import estimate
 from loracc.runtime import Deployment
 from loracc.switching.modes import MODES
 from loracc.timing_job import TimedModel, time_models
-from loracc.verify_ratio import estimate
 from tests.benchmarks.workloads import WORKLOADS, export_base, make_adapter
 
 __all__ = ["main"]

@@ -22,10 +22,10 @@ import numpy as np
 import loracc
 from loracc.dtypes import Array
 from loracc.model import LoadOptions
+from loracc.proof.graphs import in_reference
+from loracc.proof.metrics import relative_l2
 from loracc.runners import OnnxRunner
 from loracc.sources import load_model
-from loracc.verify_graphs import in_reference
-from loracc.verify_metrics import relative_l2
 from tests.benchmarks.calibrated_cost import cost_rows
 from tests.benchmarks.calibrated_tables import language_rows, minilm_rows
 from tests.calibrating import inputs, write_adapter, write_model

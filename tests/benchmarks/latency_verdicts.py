@@ -19,9 +19,9 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
+from loracc.proof.ratio import estimate, rule
 from loracc.timing import Blocks, measure
 from loracc.timing_job import TimedModel, time_models
-from loracc.verify_ratio import estimate, rule
 
 SLOWDOWNS = (0, 1, 2, 3, 5)
 MARGIN = 0.02

@@ -11,8 +11,8 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
-from loracc.verdict import Verification
-from loracc.verification import VerifyOptions, verify
+from loracc.proof.verdict import Verification
+from loracc.proof.verification import VerifyOptions, verify
 from tests.mutants import FAULTS, base_of, bindings_of, random_fold
 from tests.verifying import write
 

@@ -25,9 +25,9 @@ from loracc.engine import build_trt
 from loracc.lower import lower
 from loracc.model import LoadOptions
 from loracc.pipeline import fold
+from loracc.proof.plans import compare_plans
 from loracc.sources import load_model
 from loracc.targets.onnx_file import write_onnx
-from loracc.verify_plans import compare_plans
 from tests.benchmarks.workloads import make
 
 WIDTH = 256

@@ -26,9 +26,9 @@ from loracc.devices import gpu_name
 from loracc.engine import build_trt
 from loracc.errors import LoraccError
 from loracc.pipeline import fold
+from loracc.proof.plans import compare_plans
 from loracc.proving import verify
 from loracc.runners import open_runner
-from loracc.verify_plans import compare_plans
 from tests.gpu.models import ALPHA, PAPER, RANK, TINY, VARIANTS, Setting, Size, gpt2, lora_factors
 
 __all__ = ["check", "main"]

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from loracc.adapter import Entry, PendingDelta
-from loracc.algebra_products import block_diagonal
+from loracc.algebra.products import block_diagonal
 from loracc.deltas import LowRank
 from loracc.errors import BindingError, InputError, UnsupportedError
 from loracc.folded import Binding, FoldedTensor

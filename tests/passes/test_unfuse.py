@@ -13,9 +13,9 @@ from loracc.deltas import DoRA, LowRank
 from loracc.folded import Binding, FoldedTensor
 from loracc.passes.retype import RetypePass
 from loracc.passes.unfuse import UnfusePass
+from loracc.proof.kernels import has_kernel
 from loracc.runners import OnnxRunner
 from loracc.sites import TRANSPOSED, Layout, Site
-from loracc.verify_kernels import has_kernel
 
 RNG = np.random.default_rng(7)
 F32 = ir.DataType.FLOAT
