@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import pytest
-
 from loracc.calibration_data import Batch
 from loracc.calibration_segments import Segments, Walk
+
 from loracc.runners import OnnxRunner
 
 GRAPH = """
