@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import pytest
-from loracc.calibration_data import Batch
-from loracc.calibration_segments import Segments, Walk
 
+from loracc.calibration.data import Batch
+from loracc.calibration.segments import Segments, Walk
 from loracc.runners import OnnxRunner
 
 GRAPH = """
@@ -46,7 +46,7 @@ def exact(_name: str) -> None:
 @pytest.mark.parametrize("ends", [[8], [1, 8], [2, 3, 5, 8], [1, 2, 3, 4, 5, 6, 7, 8], [4, 4, 8]])
 @pytest.mark.parametrize("held", [0, 1 << 20])
 def test_wherever_it_is_cut(ends: list[int], held: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loracc.calibration_segments.IN_MEMORY", held)
+    monkeypatch.setattr("loracc.calibration.segments.IN_MEMORY", held)
     model = ir.from_onnx_text(GRAPH)
     walk = Walk(Segments(model, ends), batches(), tmp_path, "walk")
     for number in range(len(ends)):
