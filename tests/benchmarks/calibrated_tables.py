@@ -11,6 +11,7 @@ rounding is measured; quantized graphs are run as they are.
 from __future__ import annotations
 
 import json
+import logging
 import subprocess
 import sys
 import time
@@ -185,15 +186,19 @@ def _ways(kind: str, base: Path, plain: Path, adapter: Path, work: Path) -> Iter
 
 
 def _quantized(plain: Path, out: Path, form: str, bits: int) -> Path:
-    """Blocks of 32, symmetric, by onnxruntime's own quantizer."""
+    """Blocks of 32, symmetric, by onnxruntime's own quantizer, which takes a MatMul but no Gemm (GPT-2's)."""
     import onnx
     from onnxruntime.quantization import QuantFormat
     from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, MatMulNBitsQuantizer
+    from onnxruntime.quantization.onnx_model import ONNXModel
 
+    logging.disable(logging.INFO)
     if not out.exists():
         way = QuantFormat.QDQ if form == "QDQ" else QuantFormat.QOperator
         config = DefaultWeightOnlyQuantConfig(block_size=32, is_symmetric=True, bits=bits, quant_format=way)
-        quantizer = MatMulNBitsQuantizer(onnx.load(plain), algo_config=config)
+        model = ONNXModel(onnx.load(plain))
+        model.replace_gemm_with_matmul()
+        quantizer = MatMulNBitsQuantizer(model.model, algo_config=config)
         quantizer.process()
         onnx.save(quantizer.model.model, out)
     return out
