@@ -22,8 +22,8 @@ class Gain:
     """What calibrated rounding did for one site.
 
     Attributes:
-        nearest: Root mean square error of the site's outputs on held-out inputs, or of the residual stream that they are
-            added to, relative to the outputs' own root mean square, with every element rounded to nearest. What
+        nearest: Root mean square error of the site's outputs on held-out inputs, or of the residual stream that they
+            are added to, relative to the outputs' own root mean square, with every element rounded to nearest. What
             earlier layers left is in it.
         calibrated: The same with the rounding that was chosen by calibration.
         used: Whether the calibrated one is in the output; the better of the two is.
