@@ -60,10 +60,8 @@ def round_with_feedback(
     order = np.argsort(-np.diag(system), kind="stable")
     system = system[np.ix_(order, order)]
     # The rows of U behind the diagonal say how a column's error is made good by the later ones: H⁻¹ = UᵀU.
-    inverse = np.linalg.inv(system)
-    system = system.astype(exact.dtype)  # float64 squares are what memory goes on: none is kept longer than it must be
-    factor = np.linalg.cholesky(inverse).T.astype(exact.dtype)
-    del inverse
+    factor = _inverse_factor(system).astype(exact.dtype)
+    system = system.astype(exact.dtype)
     result = np.empty_like(exact)
     for lo in range(0, len(exact), _ROWS):
         columns = np.ascontiguousarray(exact[lo : lo + _ROWS].T[order])
@@ -82,6 +80,26 @@ def _damped(moment: Array, damping: float) -> Array:
     system /= mean if mean > 0 else 1.0
     system[np.diag_indices(len(system))] += max(damping, np.finfo(np.float32).eps)
     return system
+
+
+def _inverse_factor(system: Array) -> Array:
+    """The upper triangular U of H⁻¹ = UᵀU, without H⁻¹: H = R·Rᵀ with R upper triangular, and U = R⁻¹."""
+    upper = np.ascontiguousarray(np.linalg.cholesky(system[::-1, ::-1])[::-1, ::-1])
+    _invert_upper(upper)
+    return upper
+
+
+def _invert_upper(upper: Array) -> None:
+    """In place, by halves: what multiplies matrices costs a third of a general inverse, and no other square."""
+    size = len(upper)
+    if size <= _BLOCK:
+        upper[...] = np.linalg.inv(upper)
+        return
+    half = size // 2
+    first, corner, last = upper[:half, :half], upper[:half, half:], upper[half:, half:]
+    _invert_upper(first)
+    _invert_upper(last)
+    corner[...] = -(first @ corner) @ last
 
 
 def _feedback(columns: Array, factor: Array, order: Array, nearest: Nearest, row: int) -> Array:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loracc.algebra.feedback import round_with_feedback
+from loracc.algebra.feedback import _inverse_factor, round_with_feedback
 
 
 @given(st.integers(0, 10_000), st.integers(1, 90), st.integers(1, 12), st.integers(1, 90))
@@ -48,3 +48,12 @@ def test_inputs_that_are_always_zero() -> None:
 def test_moments_that_are_not_finite() -> None:
     with pytest.raises(np.linalg.LinAlgError):
         round_with_feedback(np.ones((1, 2)), np.full((2, 2), np.nan), lambda values, _k, _lo: values)
+
+
+@pytest.mark.parametrize("size", [1, 3, 64, 65, 150])
+def test_the_factor_of_the_inverse(size: int) -> None:
+    rows = np.random.default_rng(size).standard_normal((2 * size, size))
+    system = rows.T @ rows
+    factor = _inverse_factor(system)
+    np.testing.assert_array_equal(factor, np.triu(factor))
+    np.testing.assert_allclose(factor.T @ factor @ system, np.eye(size), atol=1e-9)

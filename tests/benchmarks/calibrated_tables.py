@@ -102,7 +102,7 @@ def minilm_rows(work: Path) -> Iterator[str]:
         errors = [relative(ours, vectors[0]) for ours in vectors[1:]]
         scores = " | ".join(f"{mrr(encoder, tokens, pairs):.4f}" for encoder in encoders)
         yield (
-            f"| {stored} → {dtype} | {errors[0]:.5f} | {errors[1]:.5f} | {errors[0] / errors[1]:.2f} | {scores} | "
+            f"| {stored} → {dtype} | {errors[0]:.3g} | {errors[1]:.3g} | {errors[0] / errors[1]:.2f} | {scores} | "
             f"{seconds[0]:.0f}, {seconds[1]:.0f} |"
         )
 
@@ -165,8 +165,8 @@ def _row(name: str, reference: Array, unfused: Array, made: Sequence[Array], row
     errors = [relative(values, reference) for values in (unfused, *made)]
     losses = [_loss(values, rows) for values in (unfused, *made)]
     lost = losses[1] - losses[0]
-    won = f"{(losses[1] - losses[2]) / lost:.0%} of {lost:.5f}" if lost > 0 else f"none lost ({lost:.5f})"
-    shown = " | ".join(f"{error:.5f}" for error in errors)
+    won = f"{(losses[1] - losses[2]) / lost:.0%} of {lost:.2g}" if lost > 0 else f"none lost ({lost:.2g})"
+    shown = " | ".join(f"{error:.3g}" for error in errors)
     perplexities = " | ".join(f"{np.exp(loss):.3f}" for loss in losses)
     return f"| {name} | {shown} | {errors[1] / errors[2]:.2f} | {perplexities} | {won} |"
 
