@@ -21,7 +21,7 @@ from loracc.sources.onnx_model import read_graph
 from loracc.sources.sniff import sniff
 from loracc.sources.user_inputs import read_npz
 from loracc.targets.tensorrt_manifest import PLANS, input_graph, read_manifest
-from loracc.timing_job import TimedModel, time_models
+from loracc.timing.job import TimedModel, time_models
 
 __all__ = ["BenchOptions", "bench_models"]
 
@@ -38,7 +38,7 @@ class BenchOptions:
         batches, sequences: Sizes of the dynamic axes; every pair of them is one setting.
         adapter_file: An ``.onnx_adapter`` to have active in the models that have switchable sites, or the file of a
             variant to run in its deployment.
-        provider: A key of :data:`loracc.runners.RUNNERS`.
+        provider: A key of :data:`loracc.runners.runner.RUNNERS`.
         threads: Threads inside one operator; 0 is the runtime's own choice.
         seconds: Time to spend on each model but the first, in each setting, all processes together.
         processes: In how many processes.

@@ -20,7 +20,7 @@ import onnx_ir as ir
 from loracc.calibration.data import Batch
 from loracc.dtypes import Array
 from loracc.errors import InputError
-from loracc.runners import OnnxRunner
+from loracc.runners.runner import OnnxRunner
 
 __all__ = ["IN_MEMORY", "Segments", "Walk"]
 

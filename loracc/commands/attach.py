@@ -72,15 +72,15 @@ Ways of switching (--as):
 @output_options
 def attach(model: str, adapters: tuple[str, ...], output: str, as_json: bool, quiet: bool, **values: Any) -> None:
     """Keep ADAPTERs beside MODEL's weights, to be switched at run time; nothing is folded."""
-    from loracc import report
     from loracc.progress import progress_for
+    from loracc.reports import terminal
     from loracc.switching.attaching import attach as run
 
     out = console(as_json=as_json, quiet=quiet)
     values["verify"] = not values.pop("no_verify")
     with progress_for(quiet=quiet) as progress:
         result = run(model, adapters, output, progress=progress, **values)
-    report.print_attached(result, out)
+    terminal.print_attached(result, out)
     if result.unmatched and quiet:
         click.echo(f"loracc: warning: keys that fit nowhere were left out: {', '.join(result.unmatched)}", err=True)
     announce("attach", result.to_json(), output, as_json=as_json)

@@ -48,15 +48,15 @@ def _sizes(_context: click.Context, option: click.Parameter, text: str) -> tuple
 @output_options
 def bench(models: tuple[str, ...], as_json: bool, quiet: bool, **values: Any) -> None:
     """Compare the latency of models that take the same inputs, each with the first, in interleaved pairs."""
-    from loracc import report
     from loracc.benching import bench as measure
     from loracc.progress import progress_for
+    from loracc.reports import terminal
 
     if len(models) < 2:
         raise click.UsageError("bench compares models: name at least two.")
     out = console(as_json=as_json, quiet=quiet)
     with progress_for(quiet=quiet) as progress:
         rows = measure(models, progress=progress, **values)
-    report.print_bench(rows, out)
+    terminal.print_bench(rows, out)
     if as_json:
         click.echo(json.dumps(rows))

@@ -71,11 +71,11 @@ Examples:
 @output_options
 def build_trt(model: str, output: str, adapters: tuple[str, ...], as_json: bool, quiet: bool, **values: Any) -> None:
     """Build a TensorRT engine from an ONNX file, with adapters folded in memory on the way."""
-    from loracc import engine
+    from loracc.engines import build
 
     if any(values.pop(name, None) for name in ("allow_unmatched", "combine", "density", "rank")):
         raise click.UsageError("--allow-unmatched and --combine belong to fold: fold into an .onnx file first.")
-    result = engine.build_trt(model, adapters, output, **values)
+    result = build.build_trt(model, adapters, output, **values)
     made = f"{result.bytes:,} bytes, {len(result.sites)} sites folded"
     console(as_json=as_json, quiet=quiet).print(f"Built {result.output} with {result.flavor} {result.version}: {made}")
     if as_json:

@@ -48,9 +48,9 @@ def extract(
     quiet: bool,
 ) -> None:
     """Write the low-rank adapter that makes the model TUNED of the model BASE."""
-    from loracc import report
     from loracc.extract import extract_adapter
     from loracc.progress import progress_for
+    from loracc.reports import terminal
 
     out = console(as_json=as_json, quiet=quiet)
     with progress_for(quiet=quiet) as progress:
@@ -65,6 +65,6 @@ def extract(
             force=force,
             progress=progress,
         )
-    report.print_extraction(result, out)
+    terminal.print_extraction(result, out)
     if as_json:
         click.echo(json.dumps(result.to_json()))

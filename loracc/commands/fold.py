@@ -81,7 +81,7 @@ def fold(model: str, adapters: tuple[str, ...], output: str, as_json: bool, quie
     with progress_for(quiet=quiet) as progress:
         result = pipeline.fold(model, adapters, output, progress=progress, **values)
     if not quiet:
-        from loracc.report import print_fold
+        from loracc.reports.terminal import print_fold
 
         print_fold(result, console(as_json=as_json, quiet=quiet))
     elif result.unmatched:

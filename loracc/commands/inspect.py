@@ -45,7 +45,8 @@ def inspect(
     quiet: bool,
 ) -> None:
     """Say what is in a model, an adapter or an exported file."""
-    from loracc import inspection, report
+    from loracc import inspection
+    from loracc.reports import terminal
 
     out = console(as_json=as_json, quiet=quiet)
     if config is not None and not count:
@@ -53,7 +54,7 @@ def inspect(
     found = inspection.inspect(path, alpha=alpha, allow_pickle=allow_pickle)
     if count:
         found["count"] = _counted(path, found, config, allow_pickle=allow_pickle)
-    report.print_inspection(found, out, sites=sites)
+    terminal.print_inspection(found, out, sites=sites)
     if as_json:
         click.echo(json.dumps(found))
 

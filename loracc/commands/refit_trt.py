@@ -38,7 +38,7 @@ refittable base and (--plain) with a plain engine of the base. The default is bu
 @output_options
 def refit_trt(engine: str, output: str, adapters: tuple[str, ...], as_json: bool, quiet: bool, **values: Any) -> None:
     """Put other adapters into a refittable TensorRT engine, without building it again."""
-    from loracc import refit
+    from loracc.engines import refit
 
     if values.pop("allow_unmatched", None):
         raise click.UsageError("--allow-unmatched belongs to fold: fold into an .onnx file first.")

@@ -31,13 +31,13 @@ must differ from it in the folded weights only; what is written has the base's d
 @output_options
 def unfold(output: str, base: str, restored: str, as_json: bool, quiet: bool, **values: Any) -> None:
     """Give back the base of a folded model, bit for bit."""
-    from loracc import report
     from loracc.progress import progress_for
+    from loracc.reports import terminal
     from loracc.unfolding import unfold as restore
 
     out = console(as_json=as_json, quiet=quiet)
     with progress_for(quiet=quiet) as progress:
         result = restore(output, base, restored, progress=progress, **values)
-    report.print_unfolded(result, out)
+    terminal.print_unfolded(result, out)
     if as_json:
         click.echo(json.dumps(result.to_json()))

@@ -77,8 +77,9 @@ Exit code 0 when every check passed, 1 when one said no, 2 when the call or a fi
 @output_options
 def verify(models: tuple[str, ...], adapters: tuple[str, ...], as_json: bool, quiet: bool, **values: Any) -> int:
     """Prove that OUT is BASE with the adapters folded in: numbers, structure and, when asked, latency."""
-    from loracc import proving, report
+    from loracc import proving
     from loracc.progress import progress_for
+    from loracc.reports import terminal
 
     if len(models) > 2:
         raise click.UsageError(f"verify takes BASE and OUT, or OUT alone with --search; {len(models)} were named.")
@@ -86,7 +87,7 @@ def verify(models: tuple[str, ...], adapters: tuple[str, ...], as_json: bool, qu
     out = console(as_json=as_json, quiet=quiet)
     with progress_for(quiet=quiet) as progress:
         result = proving.verify(base, output, adapters, progress=progress, **values)
-    report.print_verification(result, out)
+    terminal.print_verification(result, out)
     announce("verify", result.to_json(), output, as_json=as_json)
     if as_json:
         click.echo(json.dumps(result.to_json()))

@@ -30,7 +30,7 @@ from loracc.proof.structure import Match, compare_graphs
 from loracc.proof.verdict import EndToEnd, Latency, Numbers, Structure, Verification, Weights, worst
 from loracc.proof.weights import check_untouched
 from loracc.random_nodes import random_nodes
-from loracc.runners import RunError
+from loracc.runners.runner import RunError
 from loracc.sample_inputs import draw_inputs
 
 __all__ = ["AttachedBase", "AttachedVerification", "More", "Trial", "verify_attached"]

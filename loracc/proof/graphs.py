@@ -26,7 +26,7 @@ from loracc.passes.unshare import UnsharePass
 from loracc.proof.kernels import has_kernel
 from loracc.proof.options import VerifyOptions
 from loracc.requantized import RequantizedTensor
-from loracc.runners import OnnxRunner
+from loracc.runners.runner import OnnxRunner
 
 __all__ = [
     "FLOATS",

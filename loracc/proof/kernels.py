@@ -9,7 +9,7 @@ from typing import Any
 import onnx_ir as ir
 
 from loracc.passes.value_types import schema_of, type_string
-from loracc.runners import onnxruntime
+from loracc.runners.runner import onnxruntime
 
 __all__ = ["has_kernel"]
 

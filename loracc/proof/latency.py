@@ -15,10 +15,10 @@ from loracc.progress import Progress
 from loracc.proof.options import VerifyOptions
 from loracc.proof.ratio import estimate, rule
 from loracc.proof.verdict import Latency
-from loracc.runners import RunError
+from loracc.runners.runner import RunError
 from loracc.sample_inputs import draw_inputs
-from loracc.timing import Blocks
-from loracc.timing_job import TimedModel, time_models
+from loracc.timing.job import TimedModel, time_models
+from loracc.timing.paired import Blocks
 
 __all__ = ["MARGINS", "check_latency", "judged"]
 

@@ -42,7 +42,7 @@ from loracc.proof.structure import Match
 from loracc.proof.task import task_scores
 from loracc.proof.verdict import EndToEnd, OutputError, SiteError
 from loracc.random_nodes import random_nodes
-from loracc.runners import RunError
+from loracc.runners.runner import RunError
 from loracc.sample_inputs import draw_inputs
 
 __all__ = ["check_end_to_end"]

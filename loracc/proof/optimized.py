@@ -14,7 +14,7 @@ from loracc.proof.memory import available_memory, weights_in
 from loracc.proof.options import VerifyOptions
 from loracc.proof.structure import compare_graphs
 from loracc.proof.verdict import Verdict
-from loracc.runners import OnnxRunner, RunError
+from loracc.runners.runner import OnnxRunner, RunError
 
 __all__ = ["Optimized", "compare_optimized"]
 

@@ -23,7 +23,7 @@ from loracc.proof.graphs import uses_bfloat16
 from loracc.proof.memory import available_memory, weights_in
 from loracc.proof.options import VerifyOptions
 from loracc.proof.verdict import Verdict
-from loracc.runners import OnnxRunner, RunError
+from loracc.runners.runner import OnnxRunner, RunError
 from loracc.sample_inputs import draw_inputs
 
 __all__ = ["Kernels", "compare_kernels", "kernels_of"]

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from loracc.errors import InputError
-from loracc.report_words import CHECKS, evidence, flip
 from loracc.reports.junit import failed_sites
 from loracc.reports.report_markdown import report_text
+from loracc.reports.words import CHECKS, evidence, flip
 
 __all__ = ["annotation_lines", "write_summary"]
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 from xml.etree import ElementTree
 
-from loracc.report_words import CHECKS, evidence, flip
+from loracc.reports.words import CHECKS, evidence, flip
 
 __all__ = ["failed_sites", "junit_text"]
 

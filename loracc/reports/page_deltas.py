@@ -7,12 +7,12 @@ from html import escape
 from statistics import median
 from typing import Any
 
-from loracc.report_words import counted, number
 from loracc.reports.page_parts import figure, section, table
 from loracc.reports.plots_deltas import heat_map, rank_plot, rounding_plot, spectrum_plot, survival_plot
 from loracc.reports.report_body import deltas_of
 from loracc.reports.report_places import grid_of, in_order
 from loracc.reports.report_view import folded_where, share
+from loracc.reports.words import counted, number
 
 __all__ = ["delta_sections"]
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from loracc.report_words import counted, number
 from loracc.reports.report_body import deltas_of, verification_of
 from loracc.reports.report_view import share, view_of
+from loracc.reports.words import counted, number
 
 __all__ = ["escaped", "report_text"]
 

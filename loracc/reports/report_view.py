@@ -8,9 +8,9 @@ from pathlib import PurePath
 from statistics import median
 from typing import Any
 
-from loracc.report_words import CHECKS, byte_count, counted, evidence, flip, number
 from loracc.reports.report_body import deltas_of, verification_of
 from loracc.reports.report_places import place_of
+from loracc.reports.words import CHECKS, byte_count, counted, evidence, flip, number
 
 __all__ = ["Check", "View", "folded_where", "share", "view_of"]
 

@@ -22,7 +22,7 @@ from typing import Any, Self
 from loracc.dtypes import Array
 from loracc.errors import InputError
 from loracc.formats.bound_deltas import read_bindings
-from loracc.runners import OnnxRunner
+from loracc.runners.runner import OnnxRunner
 from loracc.runtime.heap import give_memory_back
 from loracc.runtime.manifest import BASE, Manifest, Variant, contained, manifest_path, read_manifest
 from loracc.runtime.once_cache import OnceCache

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from loracc.errors import InputError
-from loracc.runners import PROVIDERS, RunError, first_line, onnxruntime, session_options
+from loracc.runners.runner import PROVIDERS, RunError, first_line, onnxruntime, session_options
 from loracc.runtime.shared_base import SessionSource
 
 __all__ = ["SessionSettings", "open_session"]

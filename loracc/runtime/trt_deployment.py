@@ -24,8 +24,8 @@ from typing import Any
 import onnx_ir as ir
 
 from loracc.dtypes import Array
+from loracc.engines.refit_source import RefitSource
 from loracc.errors import UnsupportedError
-from loracc.refit_source import RefitSource
 from loracc.targets.tensorrt_load import load_engine
 from loracc.targets.tensorrt_manifest import read_manifest, replaced_weights
 from loracc.targets.tensorrt_refit import EngineRefitter, serialized
@@ -93,7 +93,7 @@ class TrtDeployment:
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """All outputs, by name, for inputs by name."""
-        from loracc.runners_trt import EngineRunner
+        from loracc.runners.tensorrt import EngineRunner
 
         self._usable()
         if self._runner is None:

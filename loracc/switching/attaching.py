@@ -54,7 +54,7 @@ def attach(
         mode: A name of :data:`loracc.switching.modes.MODES`.
         sums: "inputs": further adapters that are exact sums of the given ones, ``NAME=a+b@0.5``.
         slots: "batched": how many places for adapters; as many as adapters when None.
-        backend, max_batch, profiles: "triton": see :class:`loracc.triton_config.TritonSettings`.
+        backend, max_batch, profiles: "triton": see :class:`loracc.switching.triton_config.TritonSettings`.
         rank: "batched": room in each place; what the adapters need when None.
         original, maps, allow_unmatched, dtype, external, reports, dry_run, force, progress, options: As for
             :func:`loracc.fold`.

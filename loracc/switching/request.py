@@ -48,7 +48,7 @@ class AttachRequest:
         sums: ``NAME=a+b@0.5`` as given.
         slots: Places for adapters ("batched"); None for as many as there are adapters.
         rank: Room in each place ("batched"); None for what the adapters need.
-        backend, max_batch, profiles: Of "triton": :class:`loracc.triton_config.TritonSettings`.
+        backend, max_batch, profiles: Of "triton": :class:`loracc.switching.triton_config.TritonSettings`.
         verify, force, dry_run: As for :func:`loracc.attach`.
     """
 

@@ -1,11 +1,11 @@
-"""``attach --as triton``: a model repository, see :mod:`loracc.triton_repository`."""
+"""``attach --as triton``: a model repository, see :mod:`loracc.switching.triton_repository`."""
 
 from __future__ import annotations
 
 from loracc.errors import InputError
 from loracc.switching.request import AttachRequest, AttachResult
-from loracc.triton_config import TritonSettings
-from loracc.triton_repository import repository_files, write_repository
+from loracc.switching.triton_config import TritonSettings
+from loracc.switching.triton_repository import repository_files, write_repository
 
 __all__ = ["make"]
 

@@ -6,8 +6,8 @@
     python -m tests.benchmarks.attach_modes gpt2-tiny
 
 What is printed is Markdown: per adapter and per size of the input the ratio to the base with its 95 % interval
-(``loracc.timing``: blocks A X X A in several processes), and the base against itself as the noise. "batched, n" is a
-batch of n rows with n distinct adapters against the base with the same batch. Then what switching costs.
+(``loracc.timing.paired``: blocks A X X A in several processes), and the base against itself as the noise. "batched, n"
+is a batch of n rows with n distinct adapters against the base with the same batch. Then what switching costs.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from loracc.dtypes import Array
 from loracc.proof.ratio import estimate
 from loracc.runtime import Deployment
 from loracc.switching.modes import MODES
-from loracc.timing_job import TimedModel, time_models
+from loracc.timing.job import TimedModel, time_models
 from tests.benchmarks.workloads import WORKLOADS, export_base, make_adapter
 
 __all__ = ["main"]

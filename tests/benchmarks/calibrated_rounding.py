@@ -24,7 +24,7 @@ from loracc.dtypes import Array
 from loracc.model import LoadOptions
 from loracc.proof.graphs import in_reference
 from loracc.proof.metrics import relative_l2
-from loracc.runners import OnnxRunner
+from loracc.runners.runner import OnnxRunner
 from loracc.sources import load_model
 from tests.benchmarks.calibrated_cost import cost_rows
 from tests.benchmarks.calibrated_tables import language_rows, minilm_rows

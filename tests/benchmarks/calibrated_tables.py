@@ -26,7 +26,7 @@ from loracc.dtypes import Array
 from loracc.lower import lower
 from loracc.model import LoadOptions
 from loracc.proof.graphs import in_reference
-from loracc.runners import OnnxRunner
+from loracc.runners.runner import OnnxRunner
 from loracc.sources import load_model
 from loracc.targets.onnx_file import write_onnx
 from tests.benchmarks.tiny_language_models import adapter_folder, base_folder, held_out_text, training_text

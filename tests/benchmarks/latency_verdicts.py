@@ -20,8 +20,8 @@ import numpy as np
 import onnx_ir as ir
 
 from loracc.proof.ratio import estimate, rule
-from loracc.timing import Blocks, measure
-from loracc.timing_job import TimedModel, time_models
+from loracc.timing.job import TimedModel, time_models
+from loracc.timing.paired import Blocks, measure
 
 SLOWDOWNS = (0, 1, 2, 3, 5)
 MARGIN = 0.02

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from loracc.runners import onnxruntime
+from loracc.runners.runner import onnxruntime
 from tests.benchmarks import attach_modes, hundred_adapters, session_memory, switching_soak
 
 __all__ = ["main"]

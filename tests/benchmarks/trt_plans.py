@@ -21,7 +21,7 @@ from onnx import TensorProto, helper, numpy_helper
 from safetensors.numpy import save_file
 
 from loracc.dtypes import dtype_from_name
-from loracc.engine import build_trt
+from loracc.engines.build import build_trt
 from loracc.lower import lower
 from loracc.model import LoadOptions
 from loracc.pipeline import fold

@@ -10,7 +10,7 @@ import pytest
 
 from loracc.calibration.data import Batch
 from loracc.calibration.segments import Segments, Walk
-from loracc.runners import OnnxRunner
+from loracc.runners.runner import OnnxRunner
 
 GRAPH = """
 <ir_version: 8, opset_import: ["": 17]>

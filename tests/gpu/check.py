@@ -23,12 +23,12 @@ from safetensors.torch import save_file
 
 from loracc.bench_grid import BenchOptions, bench_models
 from loracc.devices import gpu_name
-from loracc.engine import build_trt
+from loracc.engines.build import build_trt
 from loracc.errors import LoraccError
 from loracc.pipeline import fold
 from loracc.proof.plans import compare_plans
 from loracc.proving import verify
-from loracc.runners import open_runner
+from loracc.runners.runner import open_runner
 from tests.gpu.models import ALPHA, PAPER, RANK, TINY, VARIANTS, Setting, Size, gpt2, lora_factors
 
 __all__ = ["check", "main"]

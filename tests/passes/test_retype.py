@@ -11,7 +11,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from loracc.passes.retype import RetypePass, recast
 from loracc.proof.kernels import has_kernel
-from loracc.runners import OnnxRunner
+from loracc.runners.runner import OnnxRunner
 
 RNG = np.random.default_rng(3)
 BF16, F16, F32, F64 = ir.DataType.BFLOAT16, ir.DataType.FLOAT16, ir.DataType.FLOAT, ir.DataType.DOUBLE

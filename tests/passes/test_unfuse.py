@@ -14,7 +14,7 @@ from loracc.folded import Binding, FoldedTensor
 from loracc.passes.retype import RetypePass
 from loracc.passes.unfuse import UnfusePass
 from loracc.proof.kernels import has_kernel
-from loracc.runners import OnnxRunner
+from loracc.runners.runner import OnnxRunner
 from loracc.sites import TRANSPOSED, Layout, Site
 
 RNG = np.random.default_rng(7)

@@ -35,7 +35,7 @@ def test_labels_score_base_unfused_and_folded(tmp_path: Path) -> None:
     out = write(base, folded(base, bindings), tmp_path / "o.onnx")
     inputs = {"input_ids": np.random.default_rng(0).integers(0, VOCABULARY, (4, 6))}
     # The folded model's own answers: what it and the unfused model get right, and the base does not.
-    from loracc.runners import OnnxRunner
+    from loracc.runners.runner import OnnxRunner
 
     np.savez(tmp_path / "l.npz", labels=OnnxRunner(out.path).run(inputs)["logits"].argmax(-1))
     options = VerifyOptions(threads=1, task=from_labels(tmp_path / "l.npz", inputs))

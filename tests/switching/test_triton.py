@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 from tritonclient.grpc import model_config_pb2
 
 from loracc.cli import run
-from loracc.triton_config import TritonSettings, model_config
+from loracc.switching.triton_config import TritonSettings, model_config
 
 N, R = 8, 2
 
@@ -136,7 +136,7 @@ def test_engines(adapters: None) -> None:
     from loracc.formats import parse_adapter_spec
     from loracc.model import LoadOptions
     from loracc.sources import load_model
-    from loracc.triton_repository import write_repository
+    from loracc.switching.triton_repository import write_repository
 
     write_base()
     base = load_model("base.onnx", LoadOptions())

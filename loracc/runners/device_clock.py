@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from loracc.runners import TimedCall
+from loracc.runners.runner import TimedCall
 
 __all__ = ["captured", "events"]
 

@@ -12,7 +12,7 @@ import onnx_ir as ir
 import pytest
 
 from loracc.errors import MissingExtraError
-from loracc.runners import OnnxRunner, RunError
+from loracc.runners.runner import OnnxRunner, RunError
 from tests.verifying import bind, build, folded, write
 
 

@@ -3,7 +3,7 @@
 Where a model's weights land in memory depends on what was loaded before, and moves its latency by more than the margin
 on some machines. One process cannot see that; several with swapped order can, and their spread is in the interval.
 
-A process is told what to do by a small JSON file and answers with one; it is ``python -m loracc.timing_worker``, not a
+A process is told what to do by a small JSON file and answers with one; it is ``python -m loracc.timing.worker``, not a
 fork, so that neither the caller's threads nor its memory are in the measurement, and scripts need no main guard.
 """
 
@@ -26,8 +26,8 @@ import loracc
 from loracc.dtypes import Array
 from loracc.errors import InputError, LoraccError, MissingExtraError
 from loracc.progress import NoProgress, Progress
-from loracc.runners import RunError
-from loracc.timing import Blocks
+from loracc.runners.runner import RunError
+from loracc.timing.paired import Blocks
 
 __all__ = ["TimedModel", "read_feeds", "time_models"]
 
@@ -40,7 +40,7 @@ class TimedModel:
 
     Attributes:
         path: The model's file.
-        provider: A key of :data:`loracc.runners.RUNNERS`.
+        provider: A key of :data:`loracc.runners.runner.RUNNERS`.
         adapter: An ``.onnx_adapter`` to have active.
     """
 
@@ -121,7 +121,7 @@ def _run(job: Mapping[str, Any], path: Path) -> dict[str, Any]:
     root = str(Path(loracc.__file__).parent.parent)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
     answer = path.with_suffix(".answer")
-    command = [sys.executable, "-P", "-m", "loracc.timing_worker", str(path), str(answer)]
+    command = [sys.executable, "-P", "-m", "loracc.timing.worker", str(path), str(answer)]
     done = subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, check=False)
     if done.returncode or not answer.is_file():
         raise RuntimeError(f"a timing process ended with {done.returncode}:\n{done.stderr.decode(errors='replace')}")

@@ -77,11 +77,11 @@ class Runner(Protocol):
 #: :class:`Runner`. ``adapter`` is an ``.onnx_adapter`` to have active, the file of a variant of the deployment at the
 #: path, or None; a runner that cannot refuses.
 RUNNERS = {
-    "cpu": "loracc.runners:timed_on_cpu",
-    "cuda": "loracc.runners_cuda:onnxruntime_on_cuda",
-    "torch-cpu": "loracc.runners_torch:torch_on_cpu",
-    "torch-cuda": "loracc.runners_torch:torch_on_cuda",
-    "tensorrt": "loracc.runners_trt:tensorrt_on_cuda",
+    "cpu": "loracc.runners.runner:timed_on_cpu",
+    "cuda": "loracc.runners.cuda:onnxruntime_on_cuda",
+    "torch-cpu": "loracc.runners.torch:torch_on_cpu",
+    "torch-cuda": "loracc.runners.torch:torch_on_cuda",
+    "tensorrt": "loracc.runners.tensorrt:tensorrt_on_cuda",
 }
 
 

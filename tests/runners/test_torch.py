@@ -12,8 +12,8 @@ import torch
 from loracc.cli import run
 from loracc.devices import gpu_name
 from loracc.model import LoadOptions
-from loracc.runners import RUNNERS, OnnxRunner, RunError, open_runner
-from loracc.runners_cuda import provider_options
+from loracc.runners.cuda import provider_options
+from loracc.runners.runner import RUNNERS, OnnxRunner, RunError, open_runner
 from loracc.sources import load_model
 
 RTOL = 1e-5  # of float32 products of 8 terms

@@ -1,4 +1,4 @@
-"""One timing process: ``python -m loracc.timing_worker JOB.json ANSWER``; see :mod:`loracc.timing_job`."""
+"""One timing process: ``python -m loracc.timing.worker JOB.json ANSWER``; see :mod:`loracc.timing.job`."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from loracc.errors import LoraccError
-from loracc.runners import Runner, open_runner
-from loracc.timing import measure
-from loracc.timing_job import TimedModel, read_feeds
+from loracc.runners.runner import Runner, open_runner
+from loracc.timing.job import TimedModel, read_feeds
+from loracc.timing.paired import measure
 
 __all__ = ["main", "work"]
 

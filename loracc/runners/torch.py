@@ -9,11 +9,11 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from loracc.device_clock import captured
 from loracc.devices import require_gpu
 from loracc.dtypes import Array
 from loracc.errors import require
-from loracc.runners import RunError, TimedCall, wall_clock
+from loracc.runners.device_clock import captured
+from loracc.runners.runner import RunError, TimedCall, wall_clock
 
 __all__ = ["TorchRunner", "to_numpy", "to_torch", "torch_on_cpu", "torch_on_cuda"]
 

@@ -9,11 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from loracc.device_clock import captured
 from loracc.dtypes import Array
 from loracc.errors import require
-from loracc.runners import RunError, TimedCall
-from loracc.runners_torch import to_numpy, to_torch
+from loracc.runners.device_clock import captured
+from loracc.runners.runner import RunError, TimedCall
+from loracc.runners.torch import to_numpy, to_torch
 from loracc.targets.tensorrt_load import LoadedEngine, load_engine
 
 __all__ = ["EngineRunner", "tensorrt_on_cuda"]

@@ -5,8 +5,8 @@ same moment, so a steady drift of the machine (heat, load) cancels in X/A; and w
 and X runs once right after itself, with its weights warm in the caches, and once after another. A block that is not
 symmetrical in both ways (A B C C B A, where B never follows itself) makes small models look slower than they are.
 
-Nothing here reads a clock: a :data:`loracc.runners.TimedCall` says how long it took, so that a device's events, a wall
-clock and a simulation are the same to it.
+Nothing here reads a clock: a :data:`loracc.runners.runner.TimedCall` says how long it took, so that a device's events,
+a wall clock and a simulation are the same to it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from contextlib import contextmanager
 import numpy as np
 
 from loracc.dtypes import Array
-from loracc.runners import TimedCall
+from loracc.runners.runner import TimedCall
 
 __all__ = ["Blocks", "measure"]
 

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from loracc.report_words import CHECKS, byte_count, counted, evidence, flip, number, percent
+from loracc.reports.words import CHECKS, byte_count, counted, evidence, flip, number, percent
 
 if TYPE_CHECKING:
     from loracc.estimate import Estimate

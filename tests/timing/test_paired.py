@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from loracc.proof.ratio import estimate
-from loracc.runners import RUNNERS, RunError, open_runner
-from loracc.timing import measure
-from loracc.timing_job import TimedModel, _write_feeds, read_feeds, time_models
+from loracc.runners.runner import RUNNERS, RunError, open_runner
+from loracc.timing.job import TimedModel, _write_feeds, read_feeds, time_models
+from loracc.timing.paired import measure
 from tests.verifying import build, write
 
 

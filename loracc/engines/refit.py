@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loracc.engine import check_engine_name
+from loracc.engines.build import check_engine_name
 from loracc.errors import LoraccError
 from loracc.runtime.trt_deployment import COMPARISONS, TrtDeployment
 

@@ -26,7 +26,7 @@ import onnx_ir as ir
 
 from loracc.errors import CheckFailed, InputError
 from loracc.fold_result import FoldResult
-from loracc.triton_config import TritonSettings, batch_symbol, fed, model_config
+from loracc.switching.triton_config import TritonSettings, batch_symbol, fed, model_config
 
 if TYPE_CHECKING:
     from loracc.folded import Binding
@@ -122,7 +122,7 @@ def rows_are_independent(model: ir.Model) -> bool:
     Raises:
         MissingExtraError: onnxruntime is not installed.
     """
-    from loracc.runners import OnnxRunner
+    from loracc.runners.runner import OnnxRunner
     from loracc.sample_inputs import random_inputs
 
     symbol = batch_symbol(model)
@@ -174,7 +174,7 @@ def _write_model(model: BaseModel, path: Path, settings: TritonSettings) -> None
     if settings.backend == "onnxruntime":
         write_onnx(model.ir, path)
         return
-    from loracc.engine import build_trt
+    from loracc.engines.build import build_trt
 
     first = path.parents[2] / BASE / VERSION / settings.file
     with tempfile.TemporaryDirectory(prefix="loracc-") as folder:

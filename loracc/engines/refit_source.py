@@ -33,7 +33,7 @@ class RefitSource:
     """
 
     def __init__(self, engine: Path, manifest: Manifest, base: Path_ | None = None) -> None:
-        from loracc.engine import load_onnx
+        from loracc.engines.build import load_onnx
 
         self.engine, self.manifest = engine, manifest
         self.refittable = manifest.refittable()

@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from loracc.device_clock import events
 from loracc.devices import require_gpu
 from loracc.dtypes import Array
-from loracc.runners import RunError, TimedCall, onnxruntime, wall_clock
+from loracc.runners.device_clock import events
+from loracc.runners.runner import RunError, TimedCall, onnxruntime, wall_clock
 
 __all__ = ["CudaRunner", "onnxruntime_on_cuda", "provider_options"]
 

@@ -63,7 +63,7 @@ def bytes_of(model: str) -> dict[str, bytes]:
 @pytest.fixture
 def fake(here: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """base.engine in a fake TensorRT on a fake GPU."""
-    from loracc.engine import load_onnx
+    from loracc.engines.build import load_onnx
     from tests.fake_engine import FakeModule, plan_of
 
     module = FakeModule()
@@ -133,7 +133,7 @@ def test_a_failed_refit_ends_the_engines_use(fake: Any) -> None:
 
 
 def test_an_adapter_that_cannot_be_refitted_is_refused_before_anything_is_sent(fake: Any) -> None:
-    from loracc.engine import load_onnx
+    from loracc.engines.build import load_onnx
     from loracc.runtime.trt_deployment import TrtDeployment
 
     plan = Path("base.engine").read_bytes()

@@ -1,0 +1,1 @@
+"""TensorRT engines: built with adapters folded in memory, and refitted with others."""

@@ -1,0 +1,1 @@
+"""Running a model on a runtime and a device, behind one small protocol."""

@@ -1,0 +1,1 @@
+"""Timing models beside one another, in one process and in several."""
