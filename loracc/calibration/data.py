@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,6 +26,8 @@ __all__ = ["Batch", "calibration_batches", "digest_of"]
 
 T = TypeVar("T")
 _BATCH = 8
+#: Tokens in a batch, of lines that are short: a run of few rows spends its time on being started.
+_BATCH_TOKENS = 1024
 #: At least this many batches, so that some can be held out.
 _FEWEST = 4
 #: Longest text in tokens: attention's cost is quadratic, and the moments are sums over tokens.
@@ -150,14 +152,18 @@ def _cut(arrays: Mapping[str, Array], lo: int, hi: int) -> dict[str, Array]:
 
 
 def _from_text(model: BaseModel, path: Path, tokenizer: Path | None) -> list[Mapping[str, Array]]:
-    lines = read_lines(path)
+    every = read_lines(path)
     tokens = tokenizer_for(model, tokenizer)
     wanted = fed(model.ir)
-    length = _fixed_length(wanted)
-    size = _fixed_batch(wanted) or min(_BATCH, max(1, len(lines) // _FEWEST))
-    lines = _spread(lines, _most(tokens, lines))
-    longest = min(int(tokens.model_max_length), _positions(tokenizer or model.path), _LONGEST)
-    return list(_tokenized(tokens, lines, wanted, size, length, longest))
+    length, size = _fixed_length(wanted), _fixed_batch(wanted)
+    longest = length or min(int(tokens.model_max_length), _positions(tokenizer or model.path), _LONGEST)
+    lines, mean = _thinned(tokens, every, longest)
+    if size is None:
+        size = min(max(_BATCH, _BATCH_TOKENS // mean), max(1, len(lines) // _FEWEST))
+    else:
+        lines = lines[: len(lines) // size * size]
+    batches = (lines[lo : lo + size] for lo in range(0, len(lines), size))
+    return [_tokenized(tokens, batch, wanted, longest, pad=length is not None) for batch in batches]
 
 
 def _positions(path: Path) -> int:
@@ -173,12 +179,21 @@ def _positions(path: Path) -> int:
     return min((size for size in found if isinstance(size, int) and size > 0), default=_LONGEST)
 
 
-def _most(tokens: Any, lines: Sequence[str]) -> int:
-    """How many lines are used: more of short ones, as many as make the tokens that are enough."""
-    some = _spread(lines, _MOST)
-    counted = tokens(some, truncation=True, max_length=_LONGEST)["input_ids"]
-    mean = max(1, sum(len(ids) for ids in counted) // len(some))
-    return min(max(_MOST, _ENOUGH // mean), _MOST_SHORT)
+def _thinned(tokens: Any, lines: Sequence[str], longest: int) -> tuple[list[str], int]:
+    """The lines that are used, short ones first, and how many tokens one has in the mean.
+
+    Of short lines there are more, as many as make the tokens that are enough. Neighbours of like length waste little
+    padding.
+    """
+
+    def counted(some: Sequence[str]) -> list[int]:
+        return [len(ids) for ids in tokens(list(some), truncation=True, max_length=longest)["input_ids"]]
+
+    sample = counted(_spread(lines, _MOST))
+    mean = max(1, sum(sample) // len(sample))
+    used = _spread(lines, min(max(_MOST, _ENOUGH // mean), _MOST_SHORT))
+    lengths = counted(used)
+    return [used[place] for place in sorted(range(len(used)), key=lengths.__getitem__)], mean
 
 
 def _fixed_length(values: Sequence[ir.Value]) -> int | None:
@@ -188,19 +203,18 @@ def _fixed_length(values: Sequence[ir.Value]) -> int | None:
 
 
 def _tokenized(
-    tokens: Any, lines: Sequence[str], wanted: Sequence[ir.Value], size: int, length: int | None, longest: int
-) -> Iterator[Mapping[str, Array]]:
-    # The base's own ids may be fewer than the tokenizer's; neighbours of like length waste little padding.
-    for lo in range(0, len(lines) - size + 1, size):
-        encoded = tokens(
-            list(lines[lo : lo + size]),
-            padding="max_length" if length else True,
-            truncation=True,
-            max_length=length or longest,
-            return_attention_mask=True,
-            return_tensors="np",
-        )
-        yield {str(value.name): _input(value, encoded) for value in wanted}
+    tokens: Any, lines: Sequence[str], wanted: Sequence[ir.Value], longest: int, *, pad: bool
+) -> Mapping[str, Array]:
+    """A batch; ``pad``: to the longest that may be, and not to the longest that is there."""
+    encoded = tokens(
+        list(lines),
+        padding="max_length" if pad else True,
+        truncation=True,
+        max_length=longest,
+        return_attention_mask=True,
+        return_tensors="np",
+    )
+    return {str(value.name): _input(value, encoded) for value in wanted}
 
 
 def _input(value: ir.Value, encoded: Mapping[str, Array]) -> Array:
