@@ -1,8 +1,9 @@
-"""A fold into a quantized weight whose codes and scales were chosen: the codes lie in a scratch file."""
+"""A fold into a quantized weight whose codes were chosen: the codes lie in a scratch file."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import onnx_ir as ir
 
 from loracc.calibrated import Gain
 from loracc.dtypes import Array, round_to
-from loracc.requantized import RequantizedTensor, Settled
+from loracc.requantized import RequantizedTensor, Totals
 from loracc.rows import ArrayRows, Rows
 from loracc.tensors import dims, file_tensor, read_rows
 
@@ -23,17 +24,17 @@ class CalibratedCodes(RequantizedTensor):
     Args:
         folded: The fold.
         codes: With the axes of the stored codes; written to ``path``.
-        settled: Their grid, and what they lose.
+        totals: What they lose.
         path: A scratch file; it must outlive the tensor's last use.
         gains: By site name.
     """
 
     def __init__(
-        self, folded: RequantizedTensor, codes: Array, settled: Settled, path: Path, gains: dict[str, Gain]
+        self, folded: RequantizedTensor, codes: Array, totals: Totals, path: Path, gains: dict[str, Gain]
     ) -> None:
         super().__init__(folded.decoded, folded.bindings, leader=folded.leader)
         self.gains = gains
-        self._decision = settled
+        self._decision = replace(folded.settled, totals=totals)
         stored = codes.astype(np.int32)
         stored.tofile(path)
         self._codes = file_tensor(path, 0, stored.nbytes, ir.DataType.INT32, codes.shape, str(folded.name))

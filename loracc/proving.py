@@ -120,6 +120,7 @@ def verify(
             loaded, bound = bind_adapters(loaded, read, maps, allow_unmatched, original)
         else:
             loaded, bound = raise_adapters(loaded)
+        calibrated = (rounding or recorded_rounding(made)) == "calibrated"
         judging = VerifyOptions(
             inputs=dict(loaded.sample_inputs) if loading.get("inputs_file") else {},
             task=_task(loaded, labels, text, tokenizer, loading),
@@ -127,7 +128,8 @@ def verify(
             taps=taps,
             coverage=coverage_of(read, bound.bindings, bound.unmatched, bound.elsewhere),
             raised_from=raised_from,
-            calibrated=(rounding or recorded_rounding(made)) == "calibrated",
+            calibrated=calibrated,
+            beside_nearest=calibrated,
             seed=seed,
             provider=provider,
             threads=threads,

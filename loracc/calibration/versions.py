@@ -21,14 +21,11 @@ from loracc.calibration.segments import Segments, Walk, Weights
 from loracc.calibration.stages import Stage
 from loracc.dtypes import Array
 from loracc.folded import FoldedTensor
-from loracc.proof.metrics import is_float_array
+from loracc.proof.metrics import CACHE, is_float_array
 from loracc.requantized import RequantizedTensor
 from loracc.tensors import dims
 
 __all__ = ["Versions"]
-
-#: Outputs that a decoder's next step reads: not what the model is for, and most of its outputs.
-_CACHE = ("present", "past_key_values")
 
 
 class Versions:
@@ -80,7 +77,7 @@ class Versions:
                 if is_float_array(value):
                     arrays = (unpadded(values[name], batch.inputs) for values in (exact, nearest, ours))
                     sums[name] = sums.get(name, 0.0) + _squares(*arrays)
-        names = [name for name in sums if not name.startswith(_CACHE)] or list(sums)
+        names = [name for name in sums if not name.startswith(CACHE)] or list(sums)
         relative = [
             np.sqrt(sums[name][1:] / sums[name][0]) if sums[name][0] else np.sqrt(sums[name][1:]) for name in names
         ]

@@ -1,8 +1,7 @@
 """What calibrated rounding promises of a quantized weight. No code need be the nearest one; but
 
 1. in a block that a delta changes, no code is further than :data:`STEPS` steps from where W + ΔW lies among the codes;
-2. such a block has the base's scale and zero point, or those that round-to-nearest gives for its values, with the
-   scale times a factor from :data:`SMALLEST` to 1 (outliers may be cut off where that costs less);
+2. such a block has the scale and zero point that it has when it is rounded to nearest;
 3. the errors together are at most :data:`NOISE` times those of rounding to nearest on the same grid, or, where that is
    more, of rounding just any values to it (a twelfth of a step squared each);
 4. the delta is there at strength 1: of its direction the errors have at most :data:`STRENGTH`, ⟨E, ΔW⟩/‖ΔW‖²;
@@ -22,9 +21,9 @@ import numpy as np
 from loracc.dtypes import Array
 from loracc.encodings.site_grid import SiteGrid
 
-__all__ = ["NOISE", "SMALLEST", "STEPS", "STRENGTH", "CodeNoise", "site_noise"]
+__all__ = ["NOISE", "STEPS", "STRENGTH", "CodeNoise", "site_noise"]
 
-STEPS, SMALLEST, NOISE, STRENGTH = 2.0, 0.5, 3.0, 0.01
+STEPS, NOISE, STRENGTH = 2.0, 3.0, 0.01
 #: Of float64 arithmetic on a position among the codes.
 _SLACK = 1e-9
 #: Rows that are looked at together.

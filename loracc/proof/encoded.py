@@ -23,7 +23,7 @@ from loracc.encodings.encoded_weight import EncodedWeight
 from loracc.encodings.grid import Grid
 from loracc.encodings.site_grid import SiteGrid
 from loracc.folded import Binding
-from loracc.proof.chosen_codes import SMALLEST, STEPS, site_noise
+from loracc.proof.chosen_codes import STEPS, site_noise
 from loracc.proof.oracle import oracle_slabs
 from loracc.proof.verdict import WeightSite
 from loracc.requantized import turned_layout
@@ -130,18 +130,16 @@ def _chosen(
 ) -> tuple[float, list[str]]:
     """Where codes were chosen: how far the furthest is beside what it may be, and what does not hold."""
     weight, new = before.weight, made.grid()
-    reasons = _grid_reasons(weight, made, seen, smallest=SMALLEST)
-    plain = _kept(weight, made) | (_by_rule(weight, new, seen.least, seen.most) & (seen.lost[1] <= seen.lost[0]))
+    reasons = _grid_reasons(weight, made, seen)
     original, codes, count = before.exact().numpy(), made.read_codes(0, len(exact)), len(exact)
-    touched, plain = (np.broadcast_to(new.blocks.expand(mask, count), exact.shape) for mask in (seen.touched, plain))
+    touched = np.broadcast_to(new.blocks.expand(seen.touched, count), exact.shape)
     layouts = dict.fromkeys(_at_codes(before, binding.site.layout) for binding in bindings)
     sites = [(SiteGrid.of(new, layout), layout.view) for layout in layouts]
     furthest = 0.0
     for grid, view in sites:
         noise, nearest = site_noise(grid, *map(view, (codes, original, exact, touched)))
         furthest = max(furthest, noise.furthest / STEPS)
-        if not (nearest and view(plain).all()):
-            reasons += noise.broken()
+        reasons += [] if nearest else noise.broken()
     rest = touched.copy()
     for _, view in sites:
         view(rest)[...] = False
@@ -251,19 +249,19 @@ def _look(
     found.along += float(np.vdot(moved, change))
 
 
-def _grid_reasons(weight: EncodedWeight, made: EncodedWeight, seen: _Seen, smallest: float = 1.0) -> list[str]:
-    """Rules 1 to 3 for scales and zero points; ``smallest`` below 1 lets those of rule 2 be smaller, and rule 3 go."""
+def _grid_reasons(weight: EncodedWeight, made: EncodedWeight, seen: _Seen) -> list[str]:
+    """Rules 1 to 3 for scales and zero points."""
     new, touched, kept = made.grid(), seen.touched, _kept(weight, made)
     reasons = []
     if (~touched & ~kept).any():
         reasons.append(f"{int((~touched & ~kept).sum())} blocks that no delta changes have another scale")
     if not (np.isfinite(new.scales).all() and np.isfinite(new.zeros).all()):
         return [*reasons, "scales or zero points are inf or NaN"]
-    strange = touched & ~kept & ~_by_rule(weight, new, seen.least, seen.most, smallest)
+    strange = touched & ~kept & ~_by_rule(weight, new, seen.least, seen.most)
     if strange.any():
         reasons.append(f"{int(strange.sum())} blocks have a scale or zero point that neither the base nor the rule has")
     worse = touched & ~kept & (seen.lost[1] > seen.lost[0] * (1.0 + _SLACK))
-    if worse.any() and smallest == 1.0:
+    if worse.any():
         reasons.append(f"{int(worse.sum())} blocks lose more than with the scale they had")
     return reasons
 
@@ -279,35 +277,27 @@ def _follows(weight: EncodedWeight, made: EncodedWeight, before: EncodedWeight, 
     return [] if same else ["a bias has other zero points"]
 
 
-def _by_rule(weight: EncodedWeight, new: Grid, least: Array, most: Array, smallest: float = 1.0) -> Array:
-    """Whether each block's grid is what round-to-nearest gives for its extremes, times ``smallest`` to 1."""
+def _by_rule(weight: EncodedWeight, new: Grid, least: Array, most: Array) -> Array:
+    """Whether each block's grid is what round-to-nearest gives for its extremes."""
     rule = weight.rule()
     relative = 2.0 * unit_roundoff(weight.scales.dtype)
     zeros = new.zeros
     if rule.symmetric:
         # The grid's two ends hold the block, and one of them is an extreme of it.
+        ends = [(rule.low - zeros) * new.scales, (rule.high - zeros) * new.scales]
         if rule.negative_scales:
             extreme = np.where(np.abs(most) > np.abs(least), most, least)
-            return _between((rule.low - zeros) * new.scales, extreme, smallest, relative)
+            return np.abs(ends[0] - extreme) <= relative * np.abs(extreme)
         reach = np.maximum(most, 0), np.minimum(least, 0)
         above = np.where(rule.high - zeros > 0, reach[0] / np.maximum(rule.high - zeros, 1), 0.0)
         below = np.where(rule.low - zeros < 0, reach[1] / np.minimum(rule.low - zeros, -1), 0.0)
-        return _between(new.scales, np.maximum(above, below), smallest, relative)
+        wanted = np.maximum(above, below)
+        return np.abs(new.scales - wanted) <= relative * wanted
     span = np.maximum(most, 0) - np.minimum(least, 0)
-    scale_fits = _between(new.scales * (rule.high - rule.low), span, smallest, relative)
-    scales = new.scales if smallest == 1.0 else span / (rule.high - rule.low)
-    unclipped = rule.low - np.minimum(least, 0) / np.where(scales == 0, 1, scales)
-    ideal = np.clip(unclipped, rule.low, rule.high)
+    scale_fits = np.abs(new.scales * (rule.high - rule.low) - span) <= relative * span
+    ideal = np.clip(rule.low - np.minimum(least, 0) / np.where(new.scales == 0, 1, new.scales), rule.low, rule.high)
     slack = 0.5 + _SLACK if rule.zero_dtype is None else 2.0 * unit_roundoff(rule.zero_dtype) * (1.0 + np.abs(ideal))
-    slack = slack + (0.0 if smallest == 1.0 else relative * np.abs(unclipped - rule.low))
     return scale_fits & (np.abs(zeros - ideal) <= slack)
-
-
-def _between(values: Array, wanted: Array, smallest: float, relative: float) -> Array:
-    """Whether values are the wanted ones, times ``smallest`` to 1."""
-    found, most = values * np.sign(wanted), np.abs(wanted)
-    result: Array = (found <= most * (1.0 + relative)) & (found >= smallest * most * (1.0 - relative))
-    return result & ((wanted != 0) | (values == 0))
 
 
 def _lost(grid: Grid, exact: Array) -> Array:

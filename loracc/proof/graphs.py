@@ -36,6 +36,7 @@ __all__ = [
     "in_own_type",
     "in_reference",
     "rounded_at_random",
+    "rounded_to_nearest",
     "uses_bfloat16",
     "with_outputs",
 ]
@@ -161,12 +162,7 @@ def rounded_at_random(base: BaseModel, bindings: Sequence[Binding], seed: int) -
         bindings: The deltas.
         seed: Of the rounding.
     """
-    graph = base.ir.clone()
-    for value in graph.graph.initializers.values():
-        clear_bindings(value)
-    annotate(graph, bindings)
-    UnsharePass(base.sites)(graph)
-    FoldPass()(graph)
+    graph = _folded(base, bindings)
     for value in graph.graph.initializers.values():
         tensor = value.const_value
         if isinstance(tensor, RequantizedTensor):
@@ -174,6 +170,32 @@ def rounded_at_random(base: BaseModel, bindings: Sequence[Binding], seed: int) -
     LinkBiases()(graph)
     note = "what quantization costs is measured with the same grids and weights rounded to them at random"
     return replace(as_written(encoded(graph), graph), notes=(note,))
+
+
+def rounded_to_nearest(base: BaseModel, bindings: Sequence[Binding], dtype: ir.DataType | None = None) -> Prepared:
+    """What a fold without calibration writes, to be run beside one with it.
+
+    Args:
+        base: The original; left as it is.
+        bindings: The deltas.
+        dtype: What the output's float types were changed to, when they were.
+    """
+    graph = _folded(base, bindings)
+    LinkBiases()(graph)
+    if dtype is not None:
+        RetypePass(dtype, sources=FLOATS)(graph)
+    return as_written(encoded(graph), graph)
+
+
+def _folded(base: BaseModel, bindings: Sequence[Binding]) -> ir.Model:
+    """A copy with the deltas in its weights; biases of integer operators are not linked yet."""
+    graph = base.ir.clone()
+    for value in graph.graph.initializers.values():
+        clear_bindings(value)
+    annotate(graph, bindings)
+    UnsharePass(base.sites)(graph)
+    FoldPass()(graph)
+    return graph
 
 
 def _emulated(graph: ir.Model, dtype: ir.DataType) -> Prepared:

@@ -13,8 +13,10 @@ import numpy as np
 
 from loracc.dtypes import Array
 
-__all__ = ["Outputs", "further_metrics", "is_float_array", "relative_error", "relative_l2"]
+__all__ = ["CACHE", "Outputs", "further_metrics", "is_float_array", "relative_error", "relative_l2"]
 
+#: Outputs that a decoder's next step reads: not what the model is for, and most of its outputs.
+CACHE = ("present", "past_key_values")
 #: One dictionary of outputs for each draw of inputs.
 Outputs = Sequence[dict[str, Array]]
 

@@ -33,10 +33,11 @@ from loracc.proof.graphs import (
     in_own_type,
     in_reference,
     rounded_at_random,
+    rounded_to_nearest,
     with_outputs,
 )
 from loracc.proof.memory import available_memory, weights_in
-from loracc.proof.metrics import Outputs, further_metrics, is_float_array, relative_error, relative_l2
+from loracc.proof.metrics import CACHE, Outputs, further_metrics, is_float_array, relative_error, relative_l2
 from loracc.proof.options import VerifyOptions
 from loracc.proof.structure import Match
 from loracc.proof.task import task_scores
@@ -177,11 +178,29 @@ def _compare(case: _Case, inputs: list[dict[str, Array]]) -> EndToEnd:
     noise = _NOISE * unit_roundoff(ir.DataType.FLOAT if wrapped else case.reference)
     result = _judge(reference, base, own, made, case, noise)
     result = replace(result, notes=(*notes, *_blind(result)))
+    if options.beside_nearest:
+        result = replace(result, rounding=_roundings(case, inputs, reference, made))
     if options.task is not None:
         runs = {"base": base, "unfused": own, "folded": made}
         result = replace(result, task=task_scores(runs, options.task.labels))
     wrong = (result.verdict == "fail" or options.taps) and result.effect and case.made is None
     return _localised(case, result, inputs[:1]) if wrong else result
+
+
+def _roundings(case: _Case, inputs: list[dict[str, Array]], reference: Outputs, made: Outputs) -> dict[str, float]:
+    """What calibrated rounding did for the outputs; nothing where the other fold does not run."""
+    nearest = rounded_to_nearest(case.base, case.bindings, case.options.dtype)
+    try:
+        plain = _run(nearest, inputs, case.options)
+    except RunError:
+        return {}
+    floats = [name for name, value in reference[0].items() if is_float_array(value)]
+    names = [name for name in floats if not name.startswith(CACHE)] or floats
+    found = {}
+    for word, outputs in (("nearest", plain), ("calibrated", made)):
+        pairs = [([draw[name] for draw in outputs], [draw[name] for draw in reference]) for name in names]
+        found[word] = max((relative_l2(ours, truth) for ours, truth in pairs), default=0.0)
+    return found
 
 
 def _cost(case: _Case, source: ir.Model, branches: Sequence[Binding]) -> Prepared:

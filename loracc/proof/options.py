@@ -35,6 +35,7 @@ class VerifyOptions:
         task: Inputs with answers; scored, and compared in place of all other inputs.
         coverage: What became of the adapters' tensors, from where they were bound.
         calibrated: The rounding was chosen (``fold --calibrate``): no element need be the nearest one.
+        beside_nearest: Then also fold with rounding to nearest, in memory, and run that on the same inputs.
         end_to_end: Run the models; the weights are checked in any case.
         memory_share: Share of the free memory that the reference may take; above it, end to end is skipped.
         optimized_bytes: Largest model whose graph is also compared after the runtime's optimizer.
@@ -57,6 +58,7 @@ class VerifyOptions:
     task: TaskData | None = None
     coverage: Coverage | None = None
     calibrated: bool = False
+    beside_nearest: bool = False
     end_to_end: bool = True
     memory_share: float = 0.4
     optimized_bytes: int = 1 << 30

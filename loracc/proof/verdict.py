@@ -158,6 +158,8 @@ class EndToEnd:
             the culprit.
         worst_site: The site after which the error is largest.
         task: Where there were labels or text, the scores of "base", "unfused" and "folded": accuracy, perplexity.
+        rounding: Of calibrated rounding, the outputs' relative error (L2, the largest; a decoder's cache left out) as
+            "calibrated", and as "nearest" that of the same fold, rounded to nearest, on the same inputs.
         draws: How many input draws, and where they come from.
         notes: What the reader must know about how it was computed.
     """
@@ -177,6 +179,7 @@ class EndToEnd:
     sites: tuple[SiteError, ...] = ()
     worst_site: str = ""
     task: dict[str, dict[str, float]] = field(default_factory=dict)
+    rounding: dict[str, float] = field(default_factory=dict)
     draws: str = ""
     notes: tuple[str, ...] = ()
 

@@ -64,7 +64,7 @@ def print_fold(result: FoldResult, console: Console) -> None:
         table.add_row(f"... and {len(result.sites) - _SHOWN} more (--json lists all)")
     console.print(table)
     if result.calibration is not None and result.calibration["weights"]:  # else a note says why
-        console.print(Text(_calibrated(result.calibration)))
+        console.print(Text(_calibrated(result.calibration, "held-out inputs")))
     for note in result.notes:
         console.print(Text(f"note: {note}"))
     if result.verification is not None:
@@ -86,10 +86,11 @@ def _gain(gain: dict[str, Any] | None) -> str:
     return f"{gain['nearest']:.2g} → {gain['calibrated']:.2g}" if gain["used"] else f"{gain['nearest']:.2g}"
 
 
-def _calibrated(found: dict[str, Any]) -> str:
+def _calibrated(found: dict[str, Any], inputs: str) -> str:
+    """The outputs' error with rounding to nearest, and with what was chosen."""
     nearest, chosen = found["nearest"], found["calibrated"]
     ratio = f" ({nearest / chosen:.2f} times less)" if chosen and chosen < nearest else ""
-    return f"calibrated rounding: error of the outputs on held-out inputs {nearest:.3g} → {chosen:.3g}{ratio}"
+    return f"calibrated rounding: error of the outputs on {inputs} {nearest:.3g} → {chosen:.3g}{ratio}"
 
 
 def _print_estimate(result: FoldResult, reckoned: Estimate, console: Console) -> None:
@@ -134,6 +135,9 @@ def print_verification(verification: Verification, console: Console) -> None:
         word = Text(verdict, style=_STYLE.get(verdict, ""))
         table.add_row(name, word, Text(evidence(name, check)), Text(flip(check)))
     console.print(table)
+    rounding = (body["numbers"].get("end_to_end") or {}).get("rounding")
+    if rounding:
+        console.print(Text(_calibrated(rounding, body["numbers"]["end_to_end"]["draws"])))
     for site in (body["numbers"].get("end_to_end") or {}).get("sites", []):
         console.print(Text(f"after {site['site']}: error {number(site['error'])}"))
     for model, scores in ((body["numbers"].get("end_to_end") or {}).get("task") or {}).items():

@@ -125,6 +125,42 @@ def test_from_the_original_weights(tmp_path: Path, lora: Path, data: Path) -> No
     assert loracc.verify(model, tmp_path / "out.onnx", [weak]).verdict == "fail"
 
 
+@pytest.mark.parametrize("dtype", ["codes", "bf16"])
+def test_verify_says_what_nearest_would_have_lost(
+    tmp_path: Path, lora: Path, data: Path, dtype: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On the inputs that it is given; and only of an output whose rounding was chosen."""
+    model, out, nearest = base(tmp_path), tmp_path / "out.onnx", tmp_path / "nearest.onnx"
+    model, to = (model, None) if dtype == "codes" else (tmp_path / "float.onnx", dtype)
+    loracc.fold(model, [lora], out, calibrate=data, dtype=to)
+    loracc.fold(model, [lora], nearest, dtype=to)
+    np.savez(tmp_path / "unseen.npz", x=inputs(500, seed=77))
+    found = []
+    for path in (out, nearest):
+        call = ["verify", str(model), str(path), "--adapter", str(lora), "--inputs", str(tmp_path / "unseen.npz")]
+        assert run([*call, "--json"]) == 0
+        found.append(json.loads(capsys.readouterr().out)["numbers"]["end_to_end"])
+    said, other = found
+    # In bfloat16 the activations are rounded, too.
+    share = 0.6 if dtype == "codes" else 0.9
+    assert said["rounding"]["calibrated"] < share * said["rounding"]["nearest"] and not other["rounding"]
+    assert said["rounding"]["calibrated"] == pytest.approx(said["outputs"][0]["relative_l2"])
+    assert said["rounding"]["nearest"] == pytest.approx(other["outputs"][0]["relative_l2"], rel=1e-3)
+    assert run([*call[:2], str(out), *call[3:]]) == 0
+    assert "calibrated rounding: error of the outputs on the inputs that were given" in capsys.readouterr().out
+
+
+def test_codes_that_a_quantizer_leaves_out_stay_out(tmp_path: Path) -> None:
+    """Seven bits, so that products do not saturate: none is chosen that rounding to nearest would not take."""
+    model, lora = quantized(tmp_path, "QDQ reduced range"), token_adapter(tmp_path / "adapter")
+    made = loracc.fold(model, [lora], tmp_path / "o.onnx", calibrate=write_tokens(tmp_path / "data.npz"))
+    loracc.fold(model, [lora], tmp_path / "nearest.onnx")
+    assert all(row["gain"]["used"] for row in made.sites)
+    for name in ("fc.weight_quantized", "out.weight_quantized"):
+        ours, nearest = (tensors(tmp_path / f"{x}.onnx")[name].astype(int) for x in ("o", "nearest"))
+        assert ours.max() <= max(64, nearest.max()) and ours.min() >= min(-64, nearest.min())
+
+
 def put(path: Path, name: str, values: np.ndarray) -> None:
     """Replace an initializer."""
     model = onnx.load(path)
