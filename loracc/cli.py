@@ -8,7 +8,6 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
-from types import FrameType
 
 import click
 
@@ -26,6 +25,7 @@ from loracc.commands.terminal import printable
 from loracc.commands.unfold import unfold
 from loracc.commands.verify import verify
 from loracc.errors import CheckFailed, InputError, LoraccError
+from loracc.interrupts import interrupt
 
 __all__ = ["main", "run"]
 
@@ -76,7 +76,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
     their traceback.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    signal.signal(signal.SIGTERM, _terminate)
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, interrupt)  # a kill cleans up like Ctrl-C
     try:
         code = main.main(args=arguments, prog_name="loracc", standalone_mode=False)
         return int(code or 0)
@@ -128,10 +129,8 @@ def _show(error: LoraccError, *, as_json: bool) -> None:
 
 
 def _interrupted() -> int:
-    click.echo("loracc: interrupted; the destination is as it was.", err=True)
+    from loracc.staging import WRITTEN  # where nothing was staged nothing was written
+
+    done = f"{WRITTEN[-1]} was written before that" if WRITTEN else "the destination is as it was"
+    click.echo(printable(f"loracc: interrupted; {done}."), err=True)
     return INTERRUPTED
-
-
-def _terminate(_signal: int, _frame: FrameType | None) -> None:
-    """A ``kill`` cleans up like Ctrl-C."""
-    raise KeyboardInterrupt

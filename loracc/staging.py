@@ -26,12 +26,15 @@ from typing import Any
 
 from loracc.errors import InputError
 
-__all__ = ["Staging", "check_destination"]
+__all__ = ["WRITTEN", "Staging", "check_destination"]
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 #: Signals that end a process and whose default action would leave the staging folder behind.
 _ENDING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
-_DEFERRED = (signal.SIGINT, *_ENDING)
+#: An alarm is a signal that waited for an import to end (loracc/interrupts.py).
+_DEFERRED = (signal.SIGINT, *_ENDING, *((signal.SIGALRM,) if hasattr(signal, "SIGALRM") else ()))
+#: Destinations that this process has moved into place, in order: what an interrupt after that can no longer undo.
+WRITTEN: list[Path] = []
 
 
 def check_destination(
@@ -189,11 +192,15 @@ class Staging:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         try:
-            if error is None:
-                with _deferred_signals():
-                    self._commit()
-            elif isinstance(error, OSError) and error.errno in _FULL:
-                raise self._full() from error
+            # Neither what is half moved nor what is half removed may be left: a signal waits for the end of both.
+            with _deferred_signals():
+                try:
+                    if error is None:
+                        self._commit()
+                    elif isinstance(error, OSError) and error.errno in _FULL:
+                        raise self._full() from error
+                finally:
+                    self._remove()
         finally:
             self._clean_up()
 
@@ -219,6 +226,7 @@ class Staging:
                 raise InputError(f"{self.destination}: could not be moved into place: {reason}.") from error
             raise
         self.files = names
+        WRITTEN.append(self.destination)
 
     def _drop_links(self, new: Path) -> None:
         """Links to what is in place already were there to be read while the output was being made."""
@@ -251,11 +259,15 @@ class Staging:
             hint="Make room, or choose another disk.",
         )
 
-    def _clean_up(self) -> None:
+    def _remove(self) -> None:
         if self._root is not None:
             # A leftover that cannot be removed must not hide the error that led here.
             shutil.rmtree(self._root, ignore_errors=True)
             self._root = None
+
+    def _clean_up(self) -> None:
+        with _deferred_signals():
+            self._remove()
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         self._handlers.clear()

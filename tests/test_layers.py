@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 
 #: Lowest first. A module belongs to the first layer that has a pattern for it.
 LAYERS = (
-    ("errors", "json_file", "quiet", "deferred", "devices", "combine_methods", "tasks", "random_nodes"),
+    ("errors", "interrupts", "json_file", "quiet", "deferred", "devices", "combine_methods", "tasks", "random_nodes"),
     ("dtypes", "algebra.*", "blas", "rows", "kernel", "_kernels"),
     ("adapter", "deltas", "kinds.*"),
     ("sites", "tensors", "fused", "concatenated"),
