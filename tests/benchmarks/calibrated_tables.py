@@ -4,9 +4,9 @@
 * GPT-2 and Llama, small and trained here (:mod:`tests.benchmarks.tiny_language_models`), by the loss on held-out text.
 
 Error is relative (L2) of the outputs on held-out text, without padding, against the unfused model: the base's own
-numbers in float32 with the adapter's ΔW, of a quantized base what its codes mean, and with ``--base`` the original float
-weights. Weights of 16 bits are run in float32, so that nothing but their rounding is measured; quantized graphs are run
-as they are.
+numbers in float32 with the adapter's ΔW, of a quantized base what its codes mean, and with ``--base`` the original
+float weights. Weights of 16 bits are run in float32, so that nothing but their rounding is measured; quantized graphs are
+run as they are.
 """
 
 from __future__ import annotations
