@@ -5,8 +5,8 @@
 
 Error is relative (L2) of the outputs on held-out text, without padding, against the unfused model: the base's own
 numbers in float32 with the adapter's ΔW, of a quantized base what its codes mean, and with ``--base`` the original
-float weights. Weights of 16 bits are run in float32, so that nothing but their rounding is measured; quantized graphs are
-run as they are.
+float weights. Weights of 16 bits are run in float32, so that nothing but their rounding is measured; quantized graphs
+are run as they are.
 """
 
 from __future__ import annotations
@@ -182,7 +182,10 @@ def _ways(kind: str, base: Path, plain: Path, adapter: Path, work: Path) -> Iter
 
 
 def _quantized(plain: Path, out: Path, form: str, bits: int) -> Path:
-    """Blocks of 32, symmetric, by onnxruntime's own quantizer, which takes a MatMul but no Gemm (GPT-2's)."""
+    """Blocks of 32, symmetric, by onnxruntime's own quantizer, which takes a MatMul but no Gemm (GPT-2's).
+
+    The head stays in float: no delta changes it, and so no fold can make its error less.
+    """
     import onnx
     from onnxruntime.quantization import QuantFormat
     from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, MatMulNBitsQuantizer
@@ -194,7 +197,8 @@ def _quantized(plain: Path, out: Path, form: str, bits: int) -> Path:
         config = DefaultWeightOnlyQuantConfig(block_size=32, is_symmetric=True, bits=bits, quant_format=way)
         model = ONNXModel(onnx.load(plain))
         model.replace_gemm_with_matmul()
-        quantizer = MatMulNBitsQuantizer(model.model, algo_config=config)
+        head = [node.name for node in model.model.graph.node if any("lm_head" in name for name in node.input)]
+        quantizer = MatMulNBitsQuantizer(model.model, algo_config=config, nodes_to_exclude=head)
         quantizer.process()
         onnx.save(quantizer.model.model, out)
     return out
