@@ -15,7 +15,8 @@ import pytest
 
 from loracc.cli import run
 from tests.anonymous import anonymous
-from tests.genai_models import build_with_genai, generate, logits, save_tokenizer, tiny_llama
+from tests.calibrating import write_tokenizer
+from tests.genai_models import WORDS, build_with_genai, generate, logits, save_tokenizer, tiny_llama
 from tests.models import FAMILIES, adapted
 
 pytestmark = [
@@ -139,6 +140,20 @@ def test_four_bits(case: Case, tmp_path: Path, capsys: pytest.CaptureFixture[str
 
     # The two choose the blocks' scales differently: within a quarter of each other is the same loss.
     assert error(tmp_path / "out" / "model.onnx") < 1.25 * error(other)
+    assert len(generate(tmp_path / "out", PROMPT, LENGTH)) == LENGTH
+
+
+def test_four_bits_calibrated_with_text(case: Case, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its cache's sizes are in no input's shape, and lines of unlike length must not be padded: it counts tokens."""
+    model, rng = build_with_genai(case.base, tmp_path / "int4", "int4"), np.random.default_rng(0)
+    write_tokenizer(tmp_path / "words", words=WORDS - 2)
+    lines = [" ".join(f"w{i}" for i in rng.integers(0, WORDS - 2, 8 + rng.integers(24))) for _ in range(160)]
+    (tmp_path / "text.txt").write_text("\n".join(lines))
+    text = ("--calibrate", tmp_path / "text.txt", "--tokenizer", tmp_path / "words")
+    result = fold(model, tmp_path / "out", capsys, case.adapter, "--base", case.base, *text)
+    assert sum(site["gain"]["used"] for site in result["sites"]) >= 12
+    assert result["calibration"]["calibrated"] < 0.9 * result["calibration"]["nearest"]
+    assert all(abs(site["survived"] - 1) < 0.01 for site in result["sites"] if site["gain"]["used"])
     assert len(generate(tmp_path / "out", PROMPT, LENGTH)) == LENGTH
 
 

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import numpy as np
 import onnx_ir as ir
 
+from loracc.decoder_inputs import counts_tokens, decoder_sizes
 from loracc.dtypes import Array
 from loracc.errors import InputError
 from loracc.model import BaseModel
@@ -163,7 +164,11 @@ def _from_text(model: BaseModel, path: Path, tokenizer: Path | None) -> list[Map
     else:
         lines = lines[: len(lines) // size * size]
     batches = (lines[lo : lo + size] for lo in range(0, len(lines), size))
-    return [_tokenized(tokens, batch, wanted, longest, pad=length is not None) for batch in batches]
+    encoded = [_tokenized(tokens, batch, longest, pad=length is not None) for batch in batches]
+    if length is None and counts_tokens(model.ir):
+        encoded = [_even(batch, left=tokens.padding_side == "left") for batch in encoded]
+    sizes = decoder_sizes(model.ir)
+    return [{str(value.name): _input(value, batch, sizes) for value in wanted} for batch in encoded]
 
 
 def _positions(path: Path) -> int:
@@ -202,11 +207,9 @@ def _fixed_length(values: Sequence[ir.Value]) -> int | None:
     return size if isinstance(size, int) else None
 
 
-def _tokenized(
-    tokens: Any, lines: Sequence[str], wanted: Sequence[ir.Value], longest: int, *, pad: bool
-) -> Mapping[str, Array]:
+def _tokenized(tokens: Any, lines: Sequence[str], longest: int, *, pad: bool) -> Mapping[str, Array]:
     """A batch; ``pad``: to the longest that may be, and not to the longest that is there."""
-    encoded = tokens(
+    encoded: Mapping[str, Array] = tokens(
         list(lines),
         padding="max_length" if pad else True,
         truncation=True,
@@ -214,11 +217,17 @@ def _tokenized(
         return_attention_mask=True,
         return_tensors="np",
     )
-    return {str(value.name): _input(value, encoded) for value in wanted}
+    return encoded
 
 
-def _input(value: ir.Value, encoded: Mapping[str, Array]) -> Array:
-    """One input of the model from what the tokenizer gives; a decoder's cache is empty."""
+def _even(encoded: Mapping[str, Array], *, left: bool) -> Mapping[str, Array]:
+    """Without padding, for a model that only sums the mask up: each line as long as the shortest of its batch."""
+    length = max(1, int(encoded["attention_mask"].sum(axis=1).min()))
+    return {name: array[:, -length:] if left else array[:, :length] for name, array in encoded.items()}
+
+
+def _input(value: ir.Value, encoded: Mapping[str, Array], sizes: Mapping[str, int]) -> Array:
+    """One input of the model from what the tokenizer gives; a decoder's cache is empty, its ``sizes`` the graph's."""
     name = str(value.name)
     kind = (value.dtype or ir.DataType.INT64).numpy()
     mask = encoded["attention_mask"]
@@ -229,9 +238,9 @@ def _input(value: ir.Value, encoded: Mapping[str, Array]) -> Array:
     if name == "token_type_ids":
         return np.zeros(mask.shape, kind)
     if name.startswith("past_key_values") and value.shape is not None:
-        # Batch, heads, past length, size of a head: all but the batch are numbers or the empty past.
-        sizes = [dim if isinstance(dim, int) else 0 for dim in value.shape]
-        return np.zeros((len(mask), *sizes[1:]), kind)
+        # Batch, heads, past length, size of a head.
+        shape = [dim if isinstance(dim, int) else sizes.get(str(dim.value), 0) for dim in value.shape]
+        return np.zeros((len(mask), *shape[1:]), kind)
     raise InputError(
         f"input {name!r} of the model is nothing that a tokenizer gives.",
         hint="Give --calibrate an .npz of all the model's inputs.",
