@@ -139,6 +139,7 @@ class _Walk:
             for node in nodes_of(model):
                 if node not in seen:
                     self._differ(f"node only in the {side}: {node_text(node)}")
+        self._ballast()
 
     def pairs(self) -> list[Pair]:
         found = {value: Pair(str(base.name), str(value.name), tuple(self._readers.get(value, ())))
@@ -203,6 +204,13 @@ class _Walk:
                 return  # what has no partner is told as a difference
             self._node(ours.pop(), theirs.pop())
             self._walk()
+
+    def _ballast(self) -> None:
+        """Tensors that nothing reads change no number and are shipped all the same: the output has none of its own."""
+        unread = [_unread_tensors(model.graph) for model in (self.base, self.out)]
+        new = [name for name in unread[1] if name not in self.base.graph.initializers]
+        if len(unread[1]) > len(unread[0]) and new:
+            self._differ(f"initializer only in the output: {new[0]}, which nothing reads")
 
     def _match(self, one: ir.Value, other: ir.Value, where: str) -> None:
         if self._values.get(one) is other:
@@ -282,6 +290,10 @@ class _Walk:
             self._pair(mine, theirs, where)
         for mine, theirs in zip(one.outputs, other.outputs, strict=True):
             self._pending.append((mine, theirs, f"output of {where}"))
+
+
+def _unread_tensors(graph: ir.Graph) -> list[str]:
+    return [n for n, value in graph.initializers.items() if not value.uses() and not value.is_graph_output()]
 
 
 def _tensor_difference(one: ir.Value, other: ir.Value) -> str | None:

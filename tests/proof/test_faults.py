@@ -141,6 +141,21 @@ def test_end_to_end_sees_a_wrong_scale_by_itself_and_names_the_first_site(tmp_pa
     assert {site.site for site in found.sites} == {f"{module}.weight" for module in MODELS["attention"][1]}
 
 
+def test_one_element_of_float32_that_is_an_ulp_off_is_found(tmp_path: Path) -> None:
+    """So small a weight may have a misrounded element, by a tie; float64 sums are not off by an ulp of float32."""
+
+    def flipped(base: BaseModel, bindings: list[Binding]) -> ir.Model:
+        graph = folded(base, bindings)
+        array = tensor(graph, "fc1.weight")
+        array.view(np.uint32).flat[7] ^= 1
+        put(graph, "fc1.weight", array)
+        return graph
+
+    result = judge("mlp", DTYPES["fp32"], tmp_path, flipped)
+    assert result.verdict == "fail" and result.numbers.weights.worst_site == "fc1.weight"
+    assert "times further from W + ΔW than rounding once allows" in result.reason
+
+
 def test_an_unbound_weight_must_keep_its_bytes(tmp_path: Path) -> None:
     result = judge("attention", DTYPES["fp32"], tmp_path, _other_weight_touched)
     assert result.numbers.weights.changed == ("attn.k.weight",)

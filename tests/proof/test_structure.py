@@ -80,6 +80,12 @@ def weight_shape(graph: ir.Model) -> None:
     value.shape = ir.Shape([1])
 
 
+def ballast(graph: ir.Model) -> None:
+    tensor = ir.tensor(np.ones(3, np.float32), name="ballast")
+    value = ir.Value(name="ballast", shape=ir.Shape([3]), type=ir.TensorType(ir.DataType.FLOAT), const_value=tensor)
+    graph.graph.register_initializer(value)
+
+
 def defused(graph: ir.Model) -> None:
     """x·W becomes (x·W₁ | x·W₂)."""
     weight = graph.graph.initializers["head.weight"]
@@ -118,6 +124,7 @@ def defused(graph: ir.Model) -> None:
         (input_type, "input input_ids"),
         (opset, "opset of ai.onnx: 18 in the base, 17 in the output"),
         (weight_shape, "initializer scale: shape [1] in the output, [] in the base"),
+        (ballast, "initializer only in the output: ballast, which nothing reads"),
         (defused, "MatMul 'half1', Concat 'MatMul_11' more"),
     ],
 )
