@@ -180,8 +180,10 @@ def _judge(sites: list[WeightSite], changed: list[str], untouched: int, missing:
 
 
 def _tolerance(site: WeightSite) -> float:
+    if site.tolerance is not None:
+        return site.tolerance
     dtype = ir.DataType[site.dtype]
-    return unit_roundoff(dtype) + 2 * slack(dtype) if site.tolerance is None else site.tolerance
+    return unit_roundoff(dtype) + 2 * slack(dtype)
 
 
 def _listed(names: Sequence[str]) -> str:
