@@ -2,6 +2,8 @@
 
 from loracc.dtypes import Array
 
+INTERFACE: int
+
 def width(stored: str, sums: str, /) -> int: ...
 def fold(
     stored: str,

@@ -12,8 +12,14 @@ import numpy as np
 
 from loracc.dtypes import Array
 
+#: What the functions of ``_kernels`` take; one that was built from older sources counts as not built.
+_INTERFACE = 2
+
 try:
     from loracc import _kernels
+
+    if getattr(_kernels, "INTERFACE", 1) != _INTERFACE:
+        _kernels = None  # type: ignore[assignment]
 except ImportError:  # not built: an optional part
     _kernels = None  # type: ignore[assignment]
 

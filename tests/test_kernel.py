@@ -5,6 +5,7 @@ Where the kernel was not built these are skipped; that it is built where there i
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import ml_dtypes
@@ -14,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loracc import folded, fused
+from loracc import folded, fused, kernel
 from loracc.deltas import LowRank
 from loracc.dtypes import Array, round_to
 from loracc.errors import NumericsError
@@ -187,3 +188,14 @@ def test_buffers_that_do_not_fit_are_refused() -> None:
     with pytest.raises(RuntimeError, match="no kernel"):
         _kernels.fold("float16", "float32", *arguments[2:])
     assert _kernels.width("float16", "float32") == _kernels.width("int8", "float64") == 0
+
+
+def test_a_kernel_of_other_sources_counts_as_not_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_kernels, "INTERFACE", 1)
+    try:
+        importlib.reload(kernel)
+        assert not kernel.has_kernel(FP32, DOUBLE)
+    finally:
+        monkeypatch.undo()
+        importlib.reload(kernel)
+    assert kernel.has_kernel(FP32, DOUBLE)
