@@ -172,12 +172,11 @@ def _ways(kind: str, base: Path, plain: Path, adapter: Path, work: Path) -> Iter
     """Name, what to fold into, options, and how the unfused model runs where it is not the reference."""
     yield "bf16", base, ("--dtype", "bf16"), None
     yield "fp16", base, ("--dtype", "fp16"), None
-    for bits in (8, 4):
-        for form in ("MatMulNBits", "QDQ"):
-            coded = _quantized(plain, work / f"{kind}-{form}-{bits}.onnx", form, bits)
-            yield f"int{bits} {form}", coded, (), _Beside(coded, adapter, work)
-            if bits == 4 and form == "MatMulNBits":
-                yield f"int{bits} {form}, --base", coded, ("--base", plain), None
+    for bits, form in ((8, "MatMulNBits"), (4, "MatMulNBits"), (4, "QDQ")):
+        coded = _quantized(plain, work / f"{kind}-{form}-{bits}.onnx", form, bits)
+        yield f"int{bits} {form}", coded, (), _Beside(coded, adapter, work)
+        if bits == 4 and form == "MatMulNBits":
+            yield f"int{bits} {form}, --base", coded, ("--base", plain), None
 
 
 def _quantized(plain: Path, out: Path, form: str, bits: int) -> Path:
