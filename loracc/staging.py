@@ -26,7 +26,7 @@ from typing import Any
 
 from loracc.errors import InputError
 
-__all__ = ["WRITTEN", "Staging", "check_destination"]
+__all__ = ["WRITTEN", "Staging", "check_destination", "deferred_signals"]
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 #: Signals that end a process and whose default action would leave the staging folder behind.
@@ -177,7 +177,7 @@ class Staging:
     def __enter__(self) -> Staging:
         self._catch_signals()
         try:
-            with _deferred_signals():
+            with deferred_signals():
                 self._root = _hidden_folder(self.destination)
             (self._root / "new").mkdir()
             (self._root / "old").mkdir()
@@ -193,7 +193,7 @@ class Staging:
     ) -> None:
         try:
             # Neither what is half moved nor what is half removed may be left: a signal waits for the end of both.
-            with _deferred_signals():
+            with deferred_signals():
                 try:
                     if error is None:
                         self._commit()
@@ -266,7 +266,7 @@ class Staging:
             self._root = None
 
     def _clean_up(self) -> None:
-        with _deferred_signals():
+        with deferred_signals():
             self._remove()
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
@@ -294,7 +294,7 @@ def _hidden_folder(destination: Path) -> Path:
 
 
 @contextmanager
-def _deferred_signals() -> Iterator[None]:
+def deferred_signals() -> Iterator[None]:
     """Ctrl-C and ending signals wait until the block is over: a few renames.
 
     Blocking them with a mask would not do: another thread would take the signal, and Python would run the handler

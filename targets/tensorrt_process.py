@@ -21,6 +21,7 @@ from typing import Any, BinaryIO
 import onnx_ir as ir
 
 from loracc.errors import UnsupportedError
+from loracc.staging import deferred_signals
 from loracc.targets import tensorrt_worker
 from loracc.targets.plan import aligned
 from loracc.targets.tensorrt_module import TensorRT
@@ -155,20 +156,24 @@ def _write_tensor(job: BinaryIO, tensor: ir.TensorProtocol) -> int:
 def _run(job: BinaryIO, folder: Path, files: Sequence[int], *, fixed: bool) -> dict[str, Any]:
     job.seek(0)
     command = [sys.executable, "-s", "-S", os.path.abspath(tensorrt_worker.__file__), *([] if fixed else ["random"])]
-    process = subprocess.Popen(
-        command,
-        stdin=job,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        cwd=folder,
-        env=_environment(),
-        pass_fds=files if os.name == "posix" else (),
-    )
+    process: subprocess.Popen[bytes] | None = None
     try:
+        with deferred_signals():  # of a process that began and is not known yet
+            process = subprocess.Popen(
+                command,
+                stdin=job,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                cwd=folder,
+                env=_environment(),
+                pass_fds=files if os.name == "posix" else (),
+            )
         out, err = process.communicate()
-    finally:  # Ctrl-C: the library would go on
-        process.kill()
-        process.wait()
+    finally:
+        if process is not None:  # Ctrl-C: the library would go on
+            process.kill()
+            with process:  # its pipes are closed, and it is waited for
+                pass
     try:
         answer: dict[str, Any] = json.loads(out)
     except ValueError:
