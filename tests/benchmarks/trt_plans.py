@@ -1,18 +1,28 @@
-"""TensorRT plans of base and folded models, built on this machine: sizes, build times, bytes that differ.
+"""TensorRT plans of base and folded models, built on this machine; rewrites the table of docs/tensorrt.md.
 
-``python -m tests.benchmarks.trt_plans [mlp gpt2 minilm]`` prints a Markdown table. For each model and type three plans
-are built: of the base, of the base with the adapter folded in memory, and of the folded file. The last two must be
-equal byte for byte, and the first two outside the weights. Where the builder numbers fused products anew in each build,
-the second and third are built ``like`` the first; the builds that took are counted.
+::
+
+    python -m tests.benchmarks.trt_plans                    # MLP, GPT-2 124M and MiniLM: 10 minutes, 6 GB of disk
+    python -m tests.benchmarks.trt_plans mlp minilm         # some of it, printed and not written
+
+For each model and type three plans are built: of the base, of the base with the adapter folded in memory, and of the
+folded file. The last two must be equal byte for byte, and the first two outside the weights; the run ends with 1 where
+they are not. MLP and MiniLM also with three profiles, and as graphs of ``attach --as inputs`` (ranks from 0 to the
+adapter's), base and folded.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import sys
 import tempfile
+import textwrap
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from datetime import date
 from pathlib import Path
 
 import numpy as np
@@ -21,19 +31,24 @@ from onnx import TensorProto, helper, numpy_helper
 from safetensors.numpy import save_file
 
 from loracc.dtypes import dtype_from_name
-from loracc.engines.build import build_trt
+from loracc.engine import build_trt
 from loracc.lower import lower
 from loracc.model import LoadOptions
 from loracc.pipeline import fold
-from loracc.proof.plans import compare_plans
 from loracc.sources import load_model
+from loracc.switching.attaching import attach
 from loracc.targets.onnx_file import write_onnx
+from loracc.targets.tensorrt_module import load_flavor
+from loracc.verify_plans import compare_plans
 from tests.benchmarks.workloads import make
 
 WIDTH = 256
-MODELS = ("mlp", "gpt2", "minilm")
-_HEAD = ("model", "base plan, MB", "folded plan, MB", "build, s (base; folded)", "weights changed",
-         "bytes inside them", "bytes outside", "= plan of the folded file", "builds")  # fmt: skip
+MODELS = {"mlp": "MLP", "minilm": "all-MiniLM-L6-v2", "gpt2": "GPT-2 124M"}
+RANK = 8
+PAGE = Path(__file__).parents[2] / "docs" / "tensorrt.md"
+BEGIN, END = "<!-- trt_plans: begin -->", "<!-- trt_plans: end -->"
+_HEAD = ("model", "plan, bytes (base; folded)", "build, s (base; folded)", "weights changed",
+         "bytes that differ inside them", "outside", "`BASE --adapter` = `FOLDED`")  # fmt: skip
 
 
 def mlp(folder: Path) -> tuple[Path, Path]:
@@ -51,12 +66,12 @@ def mlp(folder: Path) -> tuple[Path, Path]:
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9), path)
     adapter = folder / "adapter"
     adapter.mkdir()
-    config = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["layers.0", "layers.2"]}
+    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": 16, "target_modules": ["layers.0", "layers.2"]}
     (adapter / "adapter_config.json").write_text(json.dumps(config))
     factors = {
         f"base_model.model.layers.{index}.lora_{side}.weight": rng.standard_normal(shape).astype(np.float32) * 0.1
         for index in (0, 2)
-        for side, shape in {"A": (8, WIDTH), "B": (WIDTH, 8)}.items()
+        for side, shape in {"A": (RANK, WIDTH), "B": (WIDTH, RANK)}.items()
     }
     save_file(factors, adapter / "adapter_model.safetensors")
     return path, adapter
@@ -75,8 +90,33 @@ def minilm(_folder: Path) -> tuple[Path, Path]:
     return minilm_folder(), Path(__file__).parents[2] / "samples" / "minilm" / "adapter"
 
 
-def cases(name: str, folder: Path) -> Iterator[tuple[str, Path, Path, Path]]:
-    """(label, base.onnx, adapter, folded.onnx) in float32 and float16."""
+@dataclass(frozen=True)
+class Case:
+    """One row: what the three plans are built from, and with which options."""
+
+    label: str
+    base: Path
+    adapter: Path
+    folded: Path
+    profiles: int = 1
+    max_rank: int | None = None
+
+    def ranges(self) -> list[str]:
+        """Profiles for every dynamic input but switchable factors; the k-th one takes batches of up to 4^k."""
+        found = []
+        for value in load_model(self.base, LoadOptions()).ir.graph.inputs:
+            shape = list(value.shape or ())
+            if all(isinstance(dim, int) for dim in shape) or "lora_" in str(value.name):
+                continue
+            for index in range(self.profiles):
+                sizes = ((1, 1), (4**index, 32), (4 ** (index + 1), 128))
+                texts = ["x".join(str(_size(dim, axis, size)) for axis, dim in enumerate(shape)) for size in sizes]
+                found.append(f"{value.name}:{':'.join(texts)}")
+        return found
+
+
+def cases(name: str, folder: Path) -> Iterator[Case]:
+    """In float32 and float16."""
     source, adapter = {"mlp": mlp, "gpt2": gpt2, "minilm": minilm}[name](folder)
     for dtype in ("fp32", "fp16"):
         base, folded = folder / f"base-{dtype}.onnx", folder / f"folded-{dtype}.onnx"
@@ -84,73 +124,86 @@ def cases(name: str, folder: Path) -> Iterator[tuple[str, Path, Path, Path]]:
         write_onnx(lower(loaded, dtype_from_name(dtype)).ir, base)
         # The base is folded as it is on disk: its float16 weights are what an engine of it has.
         fold(base, [adapter], folded, verify=False)
-        yield f"{name} {dtype}", base, adapter, folded
-
-
-def profiles(base: Path, count: int = 1) -> list[str]:
-    """Ranges for every dynamic input; the k-th profile takes batches of up to 4^k."""
-    found = []
-    for value in load_model(base, LoadOptions()).ir.graph.inputs:
-        shape = list(value.shape or ())
-        if all(isinstance(dim, int) for dim in shape):
+        plain = Case(f"{MODELS[name]} {dtype}", base, adapter, folded)
+        yield plain
+        if name == "gpt2":
             continue
-        for index in range(count):
-            sizes = ((1, 1), (4**index, 32), (4 ** (index + 1), 128))
-            texts = ["x".join(str(_size(dim, axis, size)) for axis, dim in enumerate(shape)) for size in sizes]
-            found.append(f"{value.name}:{':'.join(texts)}")
-    return found
+        yield replace(plain, label=f"{plain.label}, 3 profiles", profiles=3)
+        made = [path.with_name(f"{path.stem}-attached.onnx") for path in (base, folded)]
+        for model, out in zip((base, folded), made, strict=True):
+            attach(model, [adapter], out, mode="inputs", verify=False, force=True)
+        rank = json.loads((adapter / "adapter_config.json").read_text())["r"]
+        attached = replace(plain, label=f"{plain.label}, attached", base=made[0], folded=made[1], max_rank=rank)
+        yield attached
+        yield replace(attached, label=f"{attached.label}, 3 profiles", profiles=3)
 
 
 def _size(dim: object, axis: int, sizes: tuple[int, int]) -> int:
     return dim if isinstance(dim, int) else sizes[min(axis, 1)]
 
 
-def row(label: str, base: Path, adapter: Path, folded: Path, ranges: Sequence[str]) -> list[str]:
-    """Build three plans and compare them."""
-    plans = {name: base.with_name(f"{label.replace(' ', '-')}-{name}.engine") for name in ("base", "memory", "file")}
-    took, builds = [], []
-    for name, (model, adapters) in {
-        "base": (base, []),
-        "memory": (base, [adapter]),
-        "file": (folded, []),
-    }.items():
+def row(case: Case) -> tuple[list[str], bool]:
+    """Build three plans and compare them; the cells, and whether they are as they should be."""
+    plans = {name: case.base.with_name(f"{name}.engine") for name in ("base", "memory", "file")}
+    took = []
+    for (name, plan), (model, adapters) in zip(
+        plans.items(), [(case.base, []), (case.base, [case.adapter]), (case.folded, [])], strict=True
+    ):
         start = time.perf_counter()
-        like = None if name == "base" else plans["base"]
-        built = build_trt(model, adapters, plans[name], flavor="rtx", profiles=ranges, like=like)
-        took.append((time.perf_counter() - start) / built.builds)
-        builds.append(built.builds)
+        build_trt(model, adapters, plan, flavor="rtx", profiles=case.ranges(), max_rank=case.max_rank)
+        took.append(time.perf_counter() - start)
+        print(f"{case.label}: {name} built in {took[-1]:.1f} s", file=sys.stderr, flush=True)
     found = compare_plans(plans["base"], plans["memory"])
     equal = plans["memory"].read_bytes() == plans["file"].read_bytes()
     cells = [
-        label,
-        *(f"{plans[name].stat().st_size / 1e6:.2f}" for name in ("base", "memory")),
+        case.label,
+        "; ".join(f"{size:,}" for size in found.bytes),
         f"{took[0]:.1f}; {took[1]:.1f}",
         str(len(found.changed)),
         f"{found.inside:,}",
-        f"{found.outside:,}" if found.outside is not None else found.reason,
+        f"{found.outside:,}" + (f" ({found.verdict}: {found.reason})" if found.reason else ""),
         "yes" if equal else "NO",
-        "; ".join(map(str, builds)),
     ]
     for plan in plans.values():
         plan.unlink()
-    return cells
+        plan.with_name(f"{plan.name}.json").unlink()
+    return cells, equal and found.verdict == "pass"
 
 
-def main() -> None:
+def main() -> int:
     """The command line."""
     parser = argparse.ArgumentParser(description="TensorRT plans of base and folded models.")
-    parser.add_argument("models", nargs="*", default=list(MODELS), choices=[*MODELS, []])
+    parser.add_argument("models", nargs="*", choices=[*MODELS, []], help="some of them, printed and not written")
     parser.add_argument("--folder", type=Path, help="where to work (default: a temporary folder, removed)")
     options = parser.parse_args()
-    print(f"| {' | '.join(_HEAD)} |\n|{'---|' * len(_HEAD)}", flush=True)
-    for name in options.models:
+    lines = [f"| {' | '.join(_HEAD)} |", f"|{'---|' * len(_HEAD)}"]
+    good = True
+    for name in options.models or MODELS:
         with tempfile.TemporaryDirectory(prefix="loracc-plans-", dir=options.folder) as folder:
-            for label, base, adapter, folded in cases(name, Path(folder)):
-                print(f"| {' | '.join(row(label, base, adapter, folded, profiles(base)))} |", flush=True)
-                if name == "mlp":
-                    ranges = profiles(base, 3)
-                    print(f"| {' | '.join(row(f'{label}, 3 profiles', base, adapter, folded, ranges))} |", flush=True)
+            for case in cases(name, Path(folder)):
+                cells, right = row(case)
+                good &= right
+                lines.append(f"| {' | '.join(cells)} |")
+    print("\n".join(lines))
+    if not options.models:
+        write(lines)
+    return int(not good)
+
+
+def write(lines: Sequence[str]) -> None:
+    """Put the table between its marks in the page."""
+    text = PAGE.read_text(encoding="utf-8")
+    before, rest = text.split(BEGIN)
+    after = rest.split(END)[1]
+    version = load_flavor("rtx").version
+    about = (
+        f"Measured by `python -m tests.benchmarks.trt_plans` on {date.today():%d %B %Y} with TensorRT for RTX "
+        f"{version}, {os.cpu_count()} cores. "
+        "Times are of the whole command: reading, folding, building, locating the weights."
+    )
+    body = "\n".join(["", *textwrap.wrap(about, 120), "", *lines, ""])
+    PAGE.write_text(f"{before}{BEGIN}{body}{END}{after}", encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
