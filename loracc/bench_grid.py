@@ -20,7 +20,7 @@ from loracc.sources import load_model
 from loracc.sources.onnx_model import read_graph
 from loracc.sources.sniff import sniff
 from loracc.sources.user_inputs import read_npz
-from loracc.targets.tensorrt_manifest import PLANS, input_graph, read_manifest
+from loracc.targets.tensorrt_manifest import PLANS, input_graph, read_engine
 from loracc.timing.job import TimedModel, time_models
 
 __all__ = ["BenchOptions", "bench_models"]
@@ -38,7 +38,7 @@ class BenchOptions:
         batches, sequences: Sizes of the dynamic axes; every pair of them is one setting.
         adapter_file: An ``.onnx_adapter`` to have active in the models that have switchable sites, or the file of a
             variant to run in its deployment.
-        provider: A key of :data:`loracc.runners.runner.RUNNERS`.
+        provider: A key of :data:`loracc.runners.RUNNERS`.
         threads: Threads inside one operator; 0 is the runtime's own choice.
         seconds: Time to spend on each model but the first, in each setting, all processes together.
         processes: In how many processes.
@@ -111,7 +111,9 @@ def _opened(path: Path, options: BenchOptions) -> _Model:
     if not path.exists():
         raise InputError(f"{path}: no such file.")
     if path.suffix.lower() in PLANS:
-        return _Model(path, input_graph(read_manifest(path, path.read_bytes())), None)
+        if options.provider != "tensorrt":
+            raise InputError(f"{path}: a TensorRT engine, which is run with --provider tensorrt.")
+        return _Model(path, input_graph(read_engine(path)[0]), None)
     graph = read_graph(path) if sniff(path) == "onnx" else load_model(path).ir
     switchable = any(value.name in graph.graph.initializers for value in graph.graph.inputs) or _holds(path, options)
     adapter = Path(options.adapter_file) if options.adapter_file is not None and switchable else None

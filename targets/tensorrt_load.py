@@ -8,7 +8,7 @@ from typing import Any
 
 from loracc.devices import require_gpu
 from loracc.errors import InputError, UnsupportedError
-from loracc.targets.tensorrt_manifest import Manifest, read_manifest
+from loracc.targets.tensorrt_manifest import Manifest, read_engine
 from loracc.targets.tensorrt_module import TensorRT, load_flavor
 
 __all__ = ["LoadedEngine", "load_engine"]
@@ -54,10 +54,7 @@ def load_engine(path: Path, purpose: str) -> LoadedEngine:
         UnsupportedError: No GPU, or TensorRT does not load it.
         MissingExtraError: The flavour is not installed.
     """
-    if not path.is_file():
-        raise InputError(f"{path}: no such file.")
-    plan = path.read_bytes()
-    manifest = read_manifest(path, plan)
+    manifest, plan = read_engine(path)
     require_gpu(purpose)
     trt = load_flavor(manifest.flavor)
     if trt.version != manifest.version and not manifest.options["version_compatible"]:

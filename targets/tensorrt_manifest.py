@@ -20,6 +20,7 @@ import onnx_ir as ir
 
 from loracc.errors import InputError
 from loracc.targets.onnx_file import graph_bytes, initializers
+from loracc.targets.tensorrt_manifest_check import check_body
 from loracc.targets.tensorrt_places import Place, find_places
 from loracc.tensors import dims
 
@@ -31,6 +32,7 @@ __all__ = [
     "input_graph",
     "manifest_name",
     "masked_graph",
+    "read_engine",
     "read_manifest",
     "replaced_weights",
 ]
@@ -193,6 +195,22 @@ def _weight(places: Sequence[dict[str, int]], **said: Any) -> WeightPlace:
     return WeightPlace(places=tuple(Place(**place) for place in places), **said)
 
 
+def read_engine(path: Path) -> tuple[Manifest, bytes]:
+    """An engine's manifest and its plan.
+
+    Raises:
+        InputError: There is no such file, it cannot be read, or see :func:`read_manifest`.
+    """
+    if not path.is_file():
+        what = "a folder, and an engine is a file" if path.is_dir() else "no such file"
+        raise InputError(f"{path}: {what}.", hint="Name an engine that loracc build-trt wrote.")
+    try:
+        plan = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror or error}.") from error
+    return read_manifest(path, plan), plan
+
+
 def read_manifest(engine: Path, plan: bytes) -> Manifest:
     """The manifest of ``engine``, whose bytes are ``plan``.
 
@@ -207,12 +225,8 @@ def read_manifest(engine: Path, plan: bytes) -> Manifest:
             hint="Build it with loracc build-trt, and move both files together.",
         )
     try:
-        body = json.loads(path.read_text(encoding="utf-8"))
-        if body.pop("format") != _FORMAT:
-            raise ValueError("another format")
-        weights = {name: _weight(**said) for name, said in body.pop("weights").items()}
-        manifest = Manifest(**body, weights=weights)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        manifest = _read(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: not a manifest that this loracc wrote: {error}.", hint="Build it again.") from error
     if hashlib.sha256(plan).hexdigest() != manifest.plan_sha256:
         raise InputError(
@@ -220,3 +234,11 @@ def read_manifest(engine: Path, plan: bytes) -> Manifest:
             hint="The file is damaged, or was replaced. Build it again with loracc build-trt.",
         )
     return manifest
+
+
+def _read(body: Any) -> Manifest:
+    if not isinstance(body, dict) or body.pop("format", None) != _FORMAT:
+        raise ValueError(f"it is not of format {_FORMAT}")
+    check_body(body)
+    weights = {name: _weight(**said) for name, said in body.pop("weights").items()}
+    return Manifest(**body, weights=weights)

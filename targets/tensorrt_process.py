@@ -7,6 +7,7 @@ Ctrl-C ends a build at once, where the library would go on. And where the librar
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import signal
 import subprocess
@@ -30,7 +31,8 @@ from loracc.tensors import dims, lies_in_file, read_rows
 
 __all__ = ["Answer", "run_worker"]
 
-_ALIGNMENT = 64
+#: Of every weight in memory: at another place in its page, a folded weight's address would be another than the base's.
+_ALIGNMENT = mmap.ALLOCATIONGRANULARITY
 #: Bytes of a weight that are written at a time.
 _PART = 64 << 20
 #: Variables that the libraries look at; any other may differ between two builds, and shifts addresses.
@@ -123,7 +125,7 @@ def _write_job(
     table = job.tell()
     end = table + WEIGHT.size * len(tensors)
     for tensor in tensors:
-        if sys.platform == "linux" and isinstance(tensor, ir.ExternalTensor) and lies_in_file(tensor):
+        if sys.platform == "linux" and isinstance(tensor, ir.ExternalTensor) and _is_mapped(tensor):
             path = Path(tensor.path)
             if path not in opened:
                 opened[path] = stack.enter_context(path.open("rb")).fileno()
@@ -139,6 +141,11 @@ def _write_job(
         job.write(WEIGHT.pack(*row))
     job.flush()
     return list(opened.values())
+
+
+def _is_mapped(tensor: ir.ExternalTensor) -> bool:
+    """Whether it can be read where it is; any other is copied to where a page begins."""
+    return lies_in_file(tensor) and (tensor.offset or 0) % _ALIGNMENT == 0
 
 
 def _write_tensor(job: BinaryIO, tensor: ir.TensorProtocol) -> int:

@@ -19,6 +19,9 @@ __all__ = ["Profile", "parse_profiles"]
 _SHAPE = r"\d+(?:x\d+)*|"
 _SPEC = re.compile(rf"(?P<name>.+):(?P<min>{_SHAPE}):(?P<opt>{_SHAPE}):(?P<max>{_SHAPE})")
 
+#: The largest size of an axis: a larger one builds, and is another one then.
+_LARGEST = 2**31 - 1
+
 Shape = tuple[int, ...]
 #: Input name -> (min, opt, max).
 Profile = dict[str, tuple[Shape, Shape, Shape]]
@@ -95,6 +98,8 @@ def _checked(given: _Range, known: dict[str, ir.Value]) -> _Range:
     for axis, (low, best, high) in enumerate(zip(*given.shapes, strict=True)):
         if not low <= best <= high:
             raise InputError(f"--profile {given.text}: axis {axis} is not min ≤ opt ≤ max: {low}, {best}, {high}.")
+        if high > _LARGEST:
+            raise InputError(f"--profile {given.text}: axis {axis} is {high}, and TensorRT takes at most {_LARGEST}.")
         fixed = dims[axis]
         if isinstance(fixed, int) and {low, best, high} != {fixed}:
             raise InputError(f"--profile {given.text}: axis {axis} of {given.name!r} is fixed at {fixed}.")

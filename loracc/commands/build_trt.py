@@ -37,7 +37,9 @@ Examples:
     metavar="N",
     help="Largest rank of an adapter for a graph of attach --as inputs: its factors become inputs of rank 0 to N.",
 )
-@click.option("--workspace", type=click.IntRange(1), metavar="BYTES", help="Scratch memory that tactics may use.")
+@click.option(
+    "--workspace", type=click.IntRange(1, 2**63 - 1), metavar="BYTES", help="Scratch memory that tactics may use."
+)
 @click.option("--tf32/--no-tf32", default=False, show_default=True, help="Allow TF32 in float32 products.")
 @click.option("--optimization-level", type=click.IntRange(0, 5), help="The builder's effort.")
 @click.option("--timing-cache", type=click.Path(), help="Read if it is there, and written: same tactics next time.")
@@ -59,7 +61,7 @@ Examples:
 )
 @click.option(
     "--repeats",
-    type=click.IntRange(1),
+    type=click.IntRange(1, 100),
     default=1,
     metavar="N",
     help="Build N times first and record whether the builds are equal; verify takes it into account.",

@@ -47,6 +47,11 @@ def refit_trt(engine: str, output: str, adapters: tuple[str, ...], as_json: bool
     out.print(f"Refitted {result.output}: {result.bytes:,} bytes, {len(result.weights)} weights sent")
     for row in result.comparisons:
         found = f"{row['ratio']:.4f}" if "ratio" in row else row["reason"]
-        out.print(f"against the {row['against']}: {row['verdict']}, {found}")
+        out.print(f"against the {row['against']}: latency {row['verdict']}, {found}")
+        numbers = row["numbers"]
+        said = numbers["reason"]
+        if "effect" in numbers:
+            said = f"restored within {numbers['restored_error']:.2e}, effect {numbers['effect']:.2e} {said}".strip()
+        out.print(f"against the {row['against']}: numbers {numbers['verdict']}, {said}")
     if as_json:
         click.echo(json.dumps(result.to_json()))

@@ -108,15 +108,15 @@ def build_trt(
     from loracc.formats import parse_adapter_spec
     from loracc.staging import Staging
     from loracc.targets.tensorrt_engine import BuildOptions, build_plan
-    from loracc.targets.tensorrt_manifest import describe, manifest_name
+    from loracc.targets.tensorrt_manifest import describe, manifest_name, read_engine
     from loracc.targets.tensorrt_module import load_flavor
     from loracc.targets.tensorrt_profiles import parse_profiles
 
     path = check_engine_name(output)
     specs = [parse_adapter_spec(str(adapter)) for adapter in adapters]
     inputs = [Path(model), *(Path(spec.path) for spec in specs), *([Path(like)] if like is not None else [])]
-    if like is not None and not Path(like).is_file():
-        raise InputError(f"--like {like}: no such file.", hint="Name an engine of the base, built with these options.")
+    if like is not None:
+        read_engine(Path(like))  # before anything is built
     cache = _read_cache(timing_cache, [*inputs, path])
     with Staging(path, inputs=inputs, force=force, companions=(manifest_name(path),)) as stage:
         trt = load_flavor(flavor)

@@ -14,6 +14,7 @@ from loracc.runtime.trt_deployment import COMPARISONS, TrtDeployment
 __all__ = ["RefitResult", "refit_trt"]
 
 Path_ = str | Path
+_NO_PLAIN = "no plain engine of the base was given: --plain"
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,8 @@ class RefitResult:
         files: Names of the files written: the manifest, the engine.
         bytes: Size of the plan.
         weights: Names of the weights sent.
-        comparisons: A row for the refittable base and a row for the plain base: against, verdict, reason, and what
-            the latency comparison found.
+        comparisons: A row for the refittable base and a row for the plain base: against, verdict, reason, what the
+            latency comparison found, and ``numbers`` (see :mod:`loracc.engines.refit_numbers`).
     """
 
     output: str
@@ -59,7 +60,7 @@ def refit_trt(
         adapters: As for :func:`loracc.fold`.
         output: The engine to write; a manifest goes beside it.
         base: The ``.onnx`` that ``engine`` was built from; the file of that name beside it when None.
-        plain: A plain engine of the base, to compare with.
+        plain: A plain engine of the base, to compare with: numbers and latency.
         maps, told: As for :func:`loracc.fold`.
         seconds: Time to spend on each latency comparison.
         force: Replace the output.
@@ -70,26 +71,49 @@ def refit_trt(
     """
     from loracc.formats import parse_adapter_spec
     from loracc.staging import Staging
-    from loracc.targets.tensorrt_manifest import manifest_name
+    from loracc.targets.tensorrt_manifest import manifest_name, read_engine
 
     path = check_engine_name(output)
     specs = [parse_adapter_spec(str(adapter)) for adapter in adapters]
     inputs = [Path(engine), *(Path(spec.path) for spec in specs)]
+    if plain is not None:
+        inputs.append(Path(plain))
+        read_engine(Path(plain))  # before anything is sent
+    against = {"refittable base": Path(engine), "plain base": Path(plain) if plain is not None else None}
     with Staging(path, inputs=inputs, force=force, companions=(manifest_name(path),)) as stage:
         deployment = TrtDeployment(engine, base)
         sent = deployment.switch(*adapters, maps=maps, **told)
         manifest = stage.path.with_name(manifest_name(path))
         size = deployment.save(stage.path, manifest, adapters=[str(adapter) for adapter in adapters])
-    against = {"refittable base": Path(engine), "plain base": Path(plain) if plain is not None else None}
-    rows = [_compared(path, name, other, seconds) for name, other in against.items()]
+        numbers = _numbers(deployment, against)
+    rows = [{**_compared(path, name, other, seconds), "numbers": numbers[name]} for name, other in against.items()]
     return RefitResult(str(path), stage.files, size, list(sent), rows)
+
+
+def _numbers(deployment: TrtDeployment, against: Mapping[str, Path | None]) -> dict[str, dict[str, Any]]:
+    """By base; the adapters are out of the deployment then. What was not compared says why."""
+    from loracc.engines.refit_numbers import RefitNumbers
+
+    rows: dict[str, dict[str, Any]] = {}
+    found: RefitNumbers | None = None
+    for name, other in against.items():
+        try:
+            found = found or RefitNumbers(deployment)
+            rows[name] = (
+                found.beside(other, exactly=name == "refittable base")
+                if other is not None
+                else {"verdict": "skipped", "reason": _NO_PLAIN}
+            )
+        except LoraccError as error:  # the engine is written and right; only the comparison is missing
+            rows[name] = {"verdict": "skipped", "reason": error.message}
+    return rows
 
 
 def _compared(path: Path, name: str, other: Path | None, seconds: float) -> dict[str, Any]:
     """Latency of the refitted engine against one of the two bases; what was not measured says why."""
     row: dict[str, Any] = {"against": name, "shows": COMPARISONS[name], "verdict": "skipped"}
     if other is None:
-        return {**row, "reason": "no plain engine of the base was given: --plain"}
+        return {**row, "reason": _NO_PLAIN}
     try:
         found = _latency(path, other, seconds)
     except LoraccError as error:  # the engine is written and right; only the comparison is missing

@@ -16,10 +16,12 @@ from pathlib import Path
 
 import numpy as np
 
+from loracc.devices import gpu_name
 from loracc.dtypes import Array
-from loracc.errors import InputError
+from loracc.errors import InputError, LoraccError
 from loracc.proof.verdict import EndToEnd, Latency, Numbers, Structure, Verdict, Verification, Weights
-from loracc.targets.tensorrt_manifest import PLANS, Manifest, read_manifest
+from loracc.targets.tensorrt_load import load_engine
+from loracc.targets.tensorrt_manifest import PLANS, Manifest, read_engine
 from loracc.targets.tensorrt_places import Place, seen
 
 __all__ = ["PlanDifference", "are_plans", "compare_plans", "verify_plans"]
@@ -30,6 +32,7 @@ _NUMBERING = (
     "the builder orders some tensors by their addresses in memory: "
     "build-trt --like BASE.engine repeats the build at others until it has the base's order"
 )
+_REPEATS = "where both engines were built with --repeats 3 or more, and alike, a difference is a failure"
 _NOT_RUN = "the engines are not run: verify the ONNX files that they were built from"
 
 
@@ -44,6 +47,7 @@ class PlanDifference:
         inside: Bytes that differ inside weights.
         bytes: Sizes of the two plans.
         notes: What the reader must know.
+        layers: What the inspector's lists of layers say, or why they were not read.
         again: Another build may be equal: all that differs lies outside weights whose places are known.
     """
 
@@ -55,6 +59,7 @@ class PlanDifference:
     bytes: tuple[int, int] = (0, 0)
     notes: tuple[str, ...] = ()
     again: bool = False
+    layers: str = ""
 
 
 def are_plans(base: str | Path, out: str | Path, adapters: Sequence[object] = ()) -> bool:
@@ -72,9 +77,6 @@ def are_plans(base: str | Path, out: str | Path, adapters: Sequence[object] = ()
             f"{plans[0]}: an engine, and the other is none. Plans are compared with plans of the same TensorRT.",
             hint="Build one of the base: loracc build-trt BASE.onnx -o BASE.engine, with the same options.",
         )
-    for path in paths:
-        if not path.is_file():
-            raise InputError(f"{path}: no such file.")
     if adapters:
         raise InputError(
             "--adapter says nothing about two engines: what was folded is in their manifests.",
@@ -93,7 +95,7 @@ def verify_plans(base: Path, out: Path, *, latency: bool = False) -> Verificatio
     Raises:
         InputError: A plan has no manifest, or is not what the manifest describes.
     """
-    found = compare_plans(base, out)
+    found = _with_layers(compare_plans(base, out), base, out)
     nothing = found.verdict == "pass" and not found.changed
     weights = Weights("fail", "no weight differs: nothing was folded") if nothing else Weights("skipped", _DIGESTS)
     structure = Structure(
@@ -109,14 +111,31 @@ def verify_plans(base: Path, out: Path, *, latency: bool = False) -> Verificatio
     )
 
 
+def _with_layers(found: PlanDifference, base: Path, out: Path) -> PlanDifference:
+    """What was found, and what the inspector says of the layers where there is a GPU to load the engines."""
+    if gpu_name() is None:
+        return replace(found, layers="the inspector's layer lists: skipped, no GPU")
+    try:
+        one, two = (load_engine(path, "list an engine's layers").layers() for path in (base, out))
+    except LoraccError as error:
+        return replace(found, layers=f"the inspector's layer lists: skipped, {error.message}")
+    if one == two:
+        return replace(found, layers=f"{len(one)} layers alike in type, tactic, shapes and formats")
+    first = next(
+        (n for n, pair in enumerate(zip(one, two, strict=False)) if pair[0] != pair[1]), min(len(one), len(two))
+    )
+    reason = f"the inspector lists {len(one)} and {len(two)} layers, of which number {first} is the first to differ"
+    return replace(found, verdict="fail", reason=f"{reason}; {found.reason}" if found.reason else reason)
+
+
 def compare_plans(base: Path, out: Path) -> PlanDifference:
     """Compare two engines that loracc built; neither is loaded.
 
     Raises:
         InputError: See :func:`verify_plans`.
     """
-    plans = base.read_bytes(), out.read_bytes()
-    manifests = read_manifest(base, plans[0]), read_manifest(out, plans[1])
+    read = read_engine(base), read_engine(out)
+    manifests, plans = (read[0][0], read[1][0]), (read[0][1], read[1][1])
     sizes = len(plans[0]), len(plans[1])
     if reason := _differently_built(*manifests):
         return PlanDifference("fail", reason, bytes=sizes)
@@ -151,7 +170,10 @@ def compare_plans(base: Path, out: Path) -> PlanDifference:
     if not manifests[0].memory or manifests[0].memory != manifests[1].memory:
         reason = f"{what}, but the two builds were not at the same addresses, so this comparison cannot tell"
         return replace(_with(found, "inconclusive", reason, (_NUMBERING,)), again=True)
-    reason = f"{what}, and both builds were at the same addresses"
+    if not all(one.repeats.get("builds", 1) > 1 for one in manifests):
+        reason = f"{what}, and an order of tensors that one build in many has could be why, so this cannot tell"
+        return replace(_with(found, "inconclusive", reason, (_NUMBERING, _REPEATS)), again=True)
+    reason = f"{what}, and repeated builds of both models are equal"
     return replace(_with(found, "fail", reason, (_NUMBERING,)), again=True)
 
 
@@ -230,13 +252,11 @@ def _hold(manifests: tuple[Manifest, Manifest], plans: list[Array], name: str, p
 
 def _facts(found: PlanDifference) -> str:
     """In words, for the report."""
+    if found.outside is None:
+        return found.layers
     return (
-        (
-            f"{len(found.changed)} weights differ; of {found.bytes[0]:,} bytes {found.inside:,} differ inside them, "
-            f"{found.outside:,} outside"
-        )
-        if found.outside is not None
-        else ""
+        f"{len(found.changed)} weights differ; of {found.bytes[0]:,} bytes {found.inside:,} differ inside them, "
+        f"{found.outside:,} outside; {found.layers}"
     )
 
 

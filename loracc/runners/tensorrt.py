@@ -38,6 +38,11 @@ class EngineRunner:
 
     def __init__(self, loaded: LoadedEngine) -> None:
         self._torch: Any = require("torch", "hold the device buffers of a TensorRT engine")
+        if not self._torch.cuda.is_available():
+            raise RunError(
+                f"torch {self._torch.__version__} here uses no GPU, and it holds the device buffers of an engine.",
+                hint="Install a torch that was built with CUDA.",
+            )
         self._loaded, engine, trt = loaded, loaded.engine, loaded.trt
         self.name = f"{trt.flavor} {trt.version}"
         names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
@@ -58,7 +63,7 @@ class EngineRunner:
         buffers = self._bound(inputs)
         self._enqueue()
         timed, how = captured(self._torch, self._enqueue)
-        self.name = f"{self.name}, {how}"
+        self.name = f"{self.name.partition(', ')[0]}, {how}"
 
         def holding(repeats: int) -> float:
             assert buffers  # the device reads them
@@ -78,15 +83,29 @@ class EngineRunner:
             if name not in inputs:
                 raise RunError(f"no value for the engine's input {name}.", hint="Give it with --inputs.")
             buffers[name] = to_torch(torch, inputs[name]).cuda()
+            if buffers[name].dtype != self._dtype(name):
+                raise RunError(f"input {name!r} is {buffers[name].dtype}, and the engine takes {self._dtype(name)}.")
             if not self._context.set_input_shape(name, tuple(inputs[name].shape)):
                 raise RunError(trt.complaint(f"input {name!r} of shape {inputs[name].shape} is in no profile."))
         for name in self.outputs:
             shape = tuple(self._context.get_tensor_shape(name))
-            dtype = getattr(torch, _TORCH_NAMES[self._loaded.engine.get_tensor_dtype(name).name])
-            buffers[name] = torch.empty(shape, dtype=dtype, device="cuda")
+            if any(size < 0 for size in shape):
+                raise RunError(f"output {name!r} has the shape {shape}: its size depends on values, and is not known.")
+            buffers[name] = torch.empty(shape, dtype=self._dtype(name), device="cuda")
+        # A tensor without elements (factors of rank 0) has no address of its own, and TensorRT wants one.
+        somewhere = torch.empty(1, dtype=torch.int64, device="cuda")
         for name, buffer in buffers.items():
-            self._context.set_tensor_address(name, buffer.data_ptr())
-        return buffers
+            address = buffer.data_ptr() or somewhere.data_ptr()
+            if not self._context.set_tensor_address(name, address):
+                raise RunError(trt.complaint(f"TensorRT takes no buffer for {name!r}."))
+        return {**buffers, "": somewhere}
+
+    def _dtype(self, name: str) -> Any:
+        """torch's type of an input or output."""
+        own = self._loaded.engine.get_tensor_dtype(name).name
+        if own not in _TORCH_NAMES:
+            raise RunError(f"the engine's {name!r} is of type {own}, of which torch has no buffers.")
+        return getattr(self._torch, _TORCH_NAMES[own])
 
 
 #: TensorRT's types -> torch's.

@@ -27,7 +27,7 @@ from loracc.dtypes import Array
 from loracc.engines.refit_source import RefitSource
 from loracc.errors import UnsupportedError
 from loracc.targets.tensorrt_load import load_engine
-from loracc.targets.tensorrt_manifest import read_manifest, replaced_weights
+from loracc.targets.tensorrt_manifest import read_engine, replaced_weights
 from loracc.targets.tensorrt_refit import EngineRefitter, serialized
 
 __all__ = ["COMPARISONS", "TrtDeployment"]
@@ -55,7 +55,7 @@ class TrtDeployment:
 
     def __init__(self, engine: str | Path, base: str | Path | None = None) -> None:
         path = Path(engine)
-        self.source = RefitSource(path, read_manifest(path, _read(path)), base)
+        self.source = RefitSource(path, read_engine(path)[0], base)
         self._loaded = load_engine(path, "refit a TensorRT engine")
         self._refitter = EngineRefitter(self._loaded.trt, self._loaded.engine)
         self._runner: Any = None
@@ -127,6 +127,8 @@ class TrtDeployment:
         def present(name: str) -> ir.TensorProtocol:
             return folded[name] if name in folded else self.source.base([name])[name]
 
+        # An execution context made before is not used for the new weights.
+        self._runner = None
         self._broken = True  # until it is known to be whole
         sent = self._refitter.send(weights, present)
         self._broken, self._present = False, dict(folded)
@@ -137,11 +139,3 @@ class TrtDeployment:
             raise UnsupportedError(
                 "an earlier refit failed half-way: the engine's weights are a mixture.", hint="Load it again."
             )
-
-
-def _read(path: Path) -> bytes:
-    from loracc.errors import InputError
-
-    if not path.is_file():
-        raise InputError(f"{path}: no such file.")
-    return path.read_bytes()

@@ -31,15 +31,15 @@ from onnx import TensorProto, helper, numpy_helper
 from safetensors.numpy import save_file
 
 from loracc.dtypes import dtype_from_name
-from loracc.engine import build_trt
+from loracc.engines.build import build_trt
 from loracc.lower import lower
 from loracc.model import LoadOptions
 from loracc.pipeline import fold
+from loracc.proof.plans import compare_plans
 from loracc.sources import load_model
 from loracc.switching.attaching import attach
 from loracc.targets.onnx_file import write_onnx
 from loracc.targets.tensorrt_module import load_flavor
-from loracc.verify_plans import compare_plans
 from tests.benchmarks.workloads import make
 
 WIDTH = 256

@@ -85,6 +85,8 @@ WRONG = {
     "base.onnx -o out.engine --profile x:1x3:1x3:1x3": ("axis 1", f"fixed at {IN}"),
     f"base.onnx -o out.engine --profile x:1:4x{IN}:16x{IN}": ("has 2 axes",),
     "base.onnx -o out.engine --profile x": ("NAME:MIN:OPT:MAX",),
+    f"base.onnx -o out.engine --profile x:1x{IN}:4x{IN}:4294967296x{IN}": ("at most 2147483647",),
+    f"base.onnx -o out.engine --profile x:1x{IN}:4x{IN}:16x{IN} --error-on-timing-cache-miss": ("no timing cache",),
     "base.onnx -o out.txt": (".engine or .plan",),
     "nowhere.onnx -o out.engine": ("nowhere.onnx", "no such"),
     "adapter/adapter_model.safetensors -o out.engine": ("adapter",),

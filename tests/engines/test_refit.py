@@ -63,7 +63,6 @@ def bytes_of(model: str) -> dict[str, bytes]:
 @pytest.fixture
 def fake(here: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """base.engine in a fake TensorRT on a fake GPU."""
-    from loracc.engines.build import load_onnx
     from tests.fake_engine import FakeModule, plan_of
 
     module = FakeModule()
@@ -74,11 +73,14 @@ def fake(here: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(tensorrt_load, "require_gpu", lambda *_: "a fake GPU")
     monkeypatch.setattr(tensorrt_load, "load_flavor", lambda *_: trt)
     plan = plan_of({name: ("FLOAT", data) for name, data in bytes_of("base.onnx").items()})
-    write_engine(plan, load_onnx("base.onnx").ir, "all")
+    write_engine(plan, "all")
     return module
 
 
-def write_engine(plan: bytes, graph: Any, refittable: str, marked: tuple[str, ...] = ()) -> None:
+def write_engine(plan: bytes, refittable: str, marked: tuple[str, ...] = (), name: str = "base.engine") -> None:
+    from loracc.engines.build import load_onnx
+
+    graph = load_onnx("base.onnx").ir
     options = {"refittable": refittable, "marked": list(marked), "version_compatible": False}
     said: dict[str, Any] = {
         "flavor": "rtx",
@@ -88,8 +90,8 @@ def write_engine(plan: bytes, graph: Any, refittable: str, marked: tuple[str, ..
         "sites": [],
         "profiles": [],
     }
-    Path("base.engine").write_bytes(plan)
-    describe(plan, graph, model="base.onnx", options=options, **said).write(Path(manifest_name(Path("base.engine"))))
+    Path(name).write_bytes(plan)
+    describe(plan, graph, model="base.onnx", options=options, **said).write(Path(manifest_name(Path(name))))
 
 
 def test_switching_leaves_no_mixture(fake: Any) -> None:
@@ -133,11 +135,10 @@ def test_a_failed_refit_ends_the_engines_use(fake: Any) -> None:
 
 
 def test_an_adapter_that_cannot_be_refitted_is_refused_before_anything_is_sent(fake: Any) -> None:
-    from loracc.engines.build import load_onnx
     from loracc.runtime.trt_deployment import TrtDeployment
 
     plan = Path("base.engine").read_bytes()
-    write_engine(plan, load_onnx("base.onnx").ir, "adapter", ("one.weight", "two.weight"))
+    write_engine(plan, "adapter", ("one.weight", "two.weight"))
     deployment = TrtDeployment("base.engine")
     deployment.switch("first")
     with pytest.raises(UnsupportedError, match=r"cannot be refitted: three\.weight"):
@@ -154,8 +155,48 @@ def test_the_command_writes_an_engine_and_names_both_comparisons(fake: Any, caps
     result = json.loads(capsys.readouterr().out)
     assert [row["against"] for row in result["comparisons"]] == ["refittable base", "plain base"]
     assert all(row["verdict"] == "skipped" and row["reason"] for row in result["comparisons"])
+    assert all(row["numbers"]["verdict"] == "skipped" and row["numbers"]["reason"] for row in result["comparisons"])
     assert weights_of(Path("out.engine").read_bytes()) == bytes_of("first.onnx")
     assert run(["verify", "base.engine", "out.engine"]) in (0, 1)  # the manifest is read: it describes the new plan
+
+
+class OnTheFake:
+    """Runs a fake engine as the three layers that its weights are."""
+
+    def __init__(self, loaded: Any) -> None:
+        self._weights = loaded.engine._weights
+
+    def run(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        h = inputs["h0"]
+        for name in NAMES:
+            h = h @ np.frombuffer(self._weights[name][1], np.float32).reshape(N, N)
+        return {"h3": h}
+
+
+def test_numbers_are_compared_with_both_bases(fake: Any, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plain base of other numbers than the refittable one's: each is beside its own."""
+    from loracc.runners import tensorrt as runners_trt
+    from tests.fake_engine import plan_of, weights_of
+
+    monkeypatch.setattr(runners_trt, "EngineRunner", OnTheFake)
+    command = ["refit-trt", "base.engine", "--adapter", "first", "-o", "out.engine", "--plain", "plain.engine"]
+
+    def rows(data: dict[str, bytes]) -> dict[str, Any]:
+        write_engine(plan_of({name: ("FLOAT", one) for name, one in data.items()}), "none", name="plain.engine")
+        assert run([*command, "--json", "--force"]) == 0
+        assert weights_of(Path("out.engine").read_bytes()) == bytes_of("first.onnx")  # not what was run last
+        return {row["against"]: row["numbers"] for row in json.loads(capsys.readouterr().out)["comparisons"]}
+
+    nearly = bytes_of("base.onnx")
+    nearly["one.weight"] = (np.frombuffer(nearly["one.weight"], np.float32) * np.float32(1.0001)).tobytes()
+    found = rows(nearly)
+    assert found["refittable base"]["verdict"] == "pass" and found["refittable base"]["restored_error"] == 0
+    assert found["plain base"]["verdict"] == "pass" and 5e-5 < found["plain base"]["restored_error"] < 2e-4
+    assert all(numbers["effect"] > 0.01 for numbers in found.values())
+    found = rows(bytes_of("first.onnx"))  # no engine of the base: it is nearer to the adapter
+    assert found["refittable base"]["verdict"] == "pass" and found["plain base"]["verdict"] == "fail"
+    Path("plain.engine").unlink()
+    assert run([*command, "--force"]) == 2 and "plain.engine: no such file" in capsys.readouterr().err
 
 
 def test_the_fake_is_strict(fake: Any) -> None:
