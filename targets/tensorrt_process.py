@@ -1,6 +1,6 @@
 """Building a plan in a process of its own (:mod:`loracc.targets.tensorrt_worker`): the caller's side.
 
-Three things are had by that. The same graph gives the same plan, since the builder finds the same memory each time.
+Three things are had by that. The same graph gives the same plan nearly always, since the builder finds the same memory.
 Ctrl-C ends a build at once, where the library would go on. And where the library crashes, the caller lives to say so.
 """
 
