@@ -135,7 +135,8 @@ def test_an_interrupt_ends_the_build_at_once(here: Path) -> None:
     """The process sleeps where the library would compute."""
     Path("sleeps.py").write_text("import time\nprint(flush=True)\ntime.sleep(60)\n")
     code = (
-        "import sys\nfrom loracc.targets import tensorrt_worker\n"
+        "import signal, sys\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"  # ignored in background jobs
+        "from loracc.targets import tensorrt_worker\n"
         "tensorrt_worker.__file__ = 'sleeps.py'\nfrom loracc.cli import run\nsys.exit(run(sys.argv[1:]))"
     )
     command = [sys.executable, "-c", code, "build-trt", "base.onnx", "-o", "out.engine", "--flavor", "rtx", *PROFILE]
