@@ -5,8 +5,8 @@
     python -m tests.benchmarks.fold_must_show                 # 20 to 30 minutes, 20 GB of disk
     python -m tests.benchmarks.fold_must_show --only fold sha # some of it, printed and not written
 
-Contenders run alternately, each as a process of its own, after a sync and with the output of the one before removed;
-inputs are in the page cache. Medians, and medians of the paired ratios. Run it on a machine that does nothing else.
+Contenders run alternately, each as a process of its own, after a sync, with free memory touched and the output of the
+one before removed; inputs are in the page cache. Medians, and medians of the paired ratios. Run it on a machine that does nothing else.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import ml_dtypes
 import numpy as np
 
 from loracc.kernel import has_kernel
-from tests.benchmarks.fold_speed import PEFT, Run, measure, table, warm
+from tests.benchmarks.fold_speed import PEFT, Run, measure, settle, table, warm
 from tests.benchmarks.workloads import export_base, make, make_adapter
 
 __all__ = ["main"]
@@ -78,7 +78,7 @@ def alternately(commands: dict[str, Sequence[str]], count: int, outputs: Sequenc
     runs: dict[str, list[Run]] = {name: [] for name in commands}
     for index in range(count):
         for name, command in commands.items():
-            os.sync()
+            settle()
             runs[name].append(measure(command))
             for path in outputs:
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
