@@ -6,7 +6,8 @@
     python -m tests.benchmarks.fold_must_show --only fold sha # some of it, printed and not written
 
 Contenders run alternately, each as a process of its own, after a sync, with free memory touched and the output of the
-one before removed; inputs are in the page cache. Medians, and medians of the paired ratios. Run it on a machine that does nothing else.
+one before removed; inputs are in the page cache. Medians, and medians of the paired ratios. Run it on a machine that
+does nothing else.
 """
 
 from __future__ import annotations
