@@ -107,7 +107,8 @@ def _create(file: OutputFile) -> None:
     with open(file.path, "wb") as out:
         out.write(file.head)
         out.truncate(file.size)
-        reserve(out.fileno(), file.size)
+        if file.segments:  # without any, it is a file of holes
+            reserve(out.fileno(), file.size)
 
 
 # ---------------------------------------------------------------------------------------------------------------- jobs

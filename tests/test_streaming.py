@@ -282,3 +282,9 @@ def test_reserved_space_is_zeros_of_the_size_asked_for(tmp_path: Path) -> None:
     with open(tmp_path / "out", "rb") as read_only:
         reserve(read_only.fileno(), 20_000)  # refused by the system: no more than a hint
     assert (tmp_path / "out").stat().st_size == 10_000
+
+
+def test_a_file_of_holes_takes_no_space(tmp_path: Path) -> None:
+    write_files([OutputFile(tmp_path / "out", 64 << 20, head=b"head")])
+    found = (tmp_path / "out").stat()
+    assert found.st_size == 64 << 20 and found.st_blocks * 512 < 1 << 20
