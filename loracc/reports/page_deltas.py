@@ -11,7 +11,7 @@ from loracc.reports.page_parts import figure, section, table
 from loracc.reports.plots_deltas import heat_map, rank_plot, rounding_plot, spectrum_plot, survival_plot
 from loracc.reports.report_body import deltas_of
 from loracc.reports.report_places import grid_of, in_order
-from loracc.reports.report_view import folded_where, share
+from loracc.reports.report_view import delta_cells, folded_where, share
 from loracc.reports.words import counted, number
 
 __all__ = ["delta_sections"]
@@ -105,14 +105,7 @@ def _listed(deltas: Sequence[dict[str, Any]]) -> Iterator[str]:
 def _table(deltas: Sequence[dict[str, Any]]) -> str:
     rows = [
         (
-            row["name"],
-            row["adapter"],
-            row["kind"],
-            "-" if row["rank"] is None else str(row["rank"]),
-            number(row["scale"]),
-            number(row.get("relative_norm")),
-            share(row.get("survived")),
-            "-" if row.get("effective_rank") is None else f"{row['effective_rank']:.1f}",
+            *delta_cells(row),
             row.get("way") or "-",
             "; ".join(filter(None, (row.get("reason"), row.get("note")))),
         )

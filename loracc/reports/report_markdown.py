@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from loracc.reports.report_body import deltas_of, verification_of
-from loracc.reports.report_view import share, view_of
-from loracc.reports.words import counted, number
+from loracc.reports.report_view import delta_cells, view_of
+from loracc.reports.words import counted
 
 __all__ = ["escaped", "report_text"]
 
@@ -54,19 +54,7 @@ def _problems(judged: dict[str, Any]) -> Iterator[str]:
 
 def _deltas(deltas: Sequence[dict[str, Any]]) -> Iterator[str]:
     shown = sorted(deltas, key=lambda row: -(row.get("relative_norm") or 0.0))[:_SHOWN]
-    rows = [
-        (
-            row["name"],
-            row["adapter"],
-            row["kind"],
-            "-" if row["rank"] is None else str(row["rank"]),
-            number(row["scale"]),
-            number(row.get("relative_norm")),
-            share(row.get("survived")),
-            "-" if row.get("effective_rank") is None else f"{row['effective_rank']:.1f}",
-        )
-        for row in shown
-    ]
+    rows = [delta_cells(row) for row in shown]
     yield from _table(("site", "adapter", "kind", "rank", "scale", "‖ΔW‖/‖W‖", "survived", "effective rank"), rows)
     if len(deltas) > _SHOWN:
         yield f"\nThe strongest {_SHOWN} of {len(deltas)}; the .json report lists all."

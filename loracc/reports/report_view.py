@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
 from statistics import median
@@ -12,7 +12,7 @@ from loracc.reports.report_body import deltas_of, verification_of
 from loracc.reports.report_places import place_of
 from loracc.reports.words import CHECKS, byte_count, counted, evidence, flip, number
 
-__all__ = ["Check", "View", "folded_where", "share", "view_of"]
+__all__ = ["Check", "View", "delta_cells", "folded_where", "share", "view_of"]
 
 _QUESTIONS = {
     "numbers": "Does it compute the same?",
@@ -155,3 +155,17 @@ def folded_where(deltas: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, A
     for row in deltas:
         groups.setdefault(place_of(row["name"])[0], []).append(row)
     return groups
+
+
+def delta_cells(row: Mapping[str, Any]) -> tuple[str, ...]:
+    """One delta's row as both reports show it: site, adapter, kind, rank, scale, ‖ΔW‖/‖W‖, survived, effective rank."""
+    return (
+        row["name"],
+        row["adapter"],
+        row["kind"],
+        "-" if row["rank"] is None else str(row["rank"]),
+        number(row["scale"]),
+        number(row.get("relative_norm")),
+        share(row.get("survived")),
+        "-" if row.get("effective_rank") is None else f"{row['effective_rank']:.1f}",
+    )
